@@ -1,0 +1,44 @@
+"""The paper's batched forms as it prints them: readable, slow, and the oracle of the tests.
+
+They materialise a tensor of b * l * p * d elements; ``compose`` gives the same numbers from one LoRA per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lora_hub_sdk.composition.factors import LoraFactors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def stack_padded(adapters: Sequence[LoraFactors]) -> tuple[Tensor, Tensor]:
+    """A (p, r, d_in) and s B (p, d_out, r), with ranks zero-padded to the largest."""
+    import torch
+
+    rank = max(factors.rank for factors in adapters)
+    a = [torch.nn.functional.pad(f.a.float(), (0, 0, 0, rank - f.rank)) for f in adapters]
+    b = [torch.nn.functional.pad(f.b.float() * f.scale, (0, rank - f.rank)) for f in adapters]
+    return torch.stack(a), torch.stack(b)
+
+
+def mixture_einsum(x: Tensor, adapters: Sequence[LoraFactors], matrix: Tensor) -> Tensor:
+    """Average of outputs (paper eq. 5 over a batch): x (b, l, d_in), matrix (b, p) -> (b, l, d_out)."""
+    import torch
+
+    a, b = stack_padded(adapters)
+    each = torch.einsum("bld,prd->blpr", x, a)
+    each = torch.einsum("blpr,por->blpo", each, b)
+    return torch.einsum("bp,blpo->blo", matrix, each)
+
+
+def fusion_einsum(x: Tensor, adapters: Sequence[LoraFactors], matrix: Tensor) -> Tensor:
+    """Average of parameters (paper eq. 4 over a batch): the product of the means, cross terms kept."""
+    import torch
+
+    a, b = stack_padded(adapters)
+    mean_a = torch.einsum("bp,prd->brd", matrix, a)
+    mean_b = torch.einsum("bp,por->bor", matrix, b)
+    return torch.einsum("blr,bor->blo", torch.einsum("bld,brd->blr", x, mean_a), mean_b)

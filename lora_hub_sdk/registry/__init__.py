@@ -1,0 +1,1 @@
+"""WHAT ADAPTERS EXIST: pulling, admission, the SQL tables, the vector index."""

@@ -1,0 +1,155 @@
+"""What travels between the rooms: frozen, plain, free of tensors.
+
+``Adapter`` (what exists) -> ``Hit`` (adapter, score) -> ``Route`` (one prompt: adapters and weights)
+-> ``Plan`` (one batch: unique adapters p and the mapping matrix M) -> ``Completion`` (text, usage, ``Trace``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, TypedDict
+
+#: Where a route's adapters are averaged: in the outputs of each layer, or in the parameters A and B.
+Averaged = Literal["outputs", "parameters"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A registered LoRA at one exact content.
+
+    ``revision`` is always 40 hex digits: the commit on the Hub, or, for a local folder, the head of ``digest``.
+    ``digest`` is the sha256 over configuration and weights; the engine refuses files that no longer have it.
+    ``rank`` is the largest rank of any module; ``alpha`` the configured ``lora_alpha``.
+    """
+
+    id: int
+    name: str
+    namespace: str
+    repo_id: str
+    revision: str
+    digest: str
+    base_model: str
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    size_bytes: int
+    license: str | None
+    description: str | None
+    tags: tuple[str, ...]
+    folder: Path
+    sample_count: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One answer of a search. ``score`` is the cosine in [-1, 1], higher is nearer."""
+
+    adapter: Adapter
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One adapter of a route. ``score`` is None where the caller named the adapter instead of searching."""
+
+    adapter: Adapter
+    weight: float
+    score: float | None = None
+
+
+class MemberDict(TypedDict):
+    name: str
+    repo_id: str
+    revision: str
+    score: float | None
+    weight: float
+
+
+class RouteDict(TypedDict):
+    strategy: str
+    adapters: list[MemberDict]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How one prompt is answered. No members means: the base model answers, and that was asked for."""
+
+    strategy: str
+    averaged: Averaged
+    members: tuple[Member, ...] = ()
+
+    def as_dict(self) -> RouteDict:
+        """The stable form shown to users, as in LangChain's ``generation_info["route"]``."""
+        return {
+            "strategy": self.strategy,
+            "adapters": [
+                {
+                    "name": member.adapter.name,
+                    "repo_id": member.adapter.repo_id,
+                    "revision": member.adapter.revision,
+                    "score": member.score,
+                    "weight": member.weight,
+                }
+                for member in self.members
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One batch: b rows over p unique adapters (paper section 4.3).
+
+    ``matrix`` is the mapping matrix M, b rows of p weights; a zero row is answered by the base model.
+    ``averaged`` tells for each row where its weights apply.
+    """
+
+    adapters: tuple[Adapter, ...]
+    matrix: tuple[tuple[float, ...], ...]
+    averaged: tuple[Averaged, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen for one row. ``temperature=0`` is greedy; ``seed`` makes a row repeatable by itself."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one row; ``completion_tokens`` counts an end-of-text token that the model produced."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """How a completion came about. ``truncated_tokens`` were cut from the front of the prompt's text."""
+
+    route: Route
+    batch_size: int
+    truncated_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer. ``finish_reason`` is "stop" (end of text or a stop string) or "length"."""
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    trace: Trace
