@@ -1,1 +1,88 @@
-"""lora_hub_sdk."""
+"""Many LoRA adapters, one model: retrieve those that fit each prompt, compose them, answer in one batch.
+
+After *LoraRetriever: Input-Aware LoRA Retrieval and Composition for Mixed Tasks in the Wild* (arXiv 2402.09997). Importing
+this package is instant; torch, transformers and chromadb load where they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from langchain_lora_hub import LoraRetrieverLLM
+
+    from lora_hub_sdk.engine.base_model import ModelSettings
+    from lora_hub_sdk.errors import LoraHubError
+    from lora_hub_sdk.hub import LoraHub
+    from lora_hub_sdk.types import (
+        Adapter,
+        Completion,
+        Hit,
+        Member,
+        Plan,
+        Route,
+        Routing,
+        Sampling,
+        Trace,
+        Usage,
+    )
+
+__version__ = "0.1.0"
+__all__ = [
+    "Adapter",
+    "Completion",
+    "Hit",
+    "LoraHub",
+    "LoraHubError",
+    "LoraRetrieverLLM",
+    "Member",
+    "ModelSettings",
+    "Plan",
+    "Route",
+    "Routing",
+    "Sampling",
+    "Trace",
+    "Usage",
+]
+
+_TYPES: Final = (
+    "Adapter",
+    "Completion",
+    "Hit",
+    "Member",
+    "Plan",
+    "Route",
+    "Routing",
+    "Sampling",
+    "Trace",
+    "Usage",
+)
+_HOME: Final = {
+    **dict.fromkeys(_TYPES, "lora_hub_sdk.types"),
+    "LoraHub": "lora_hub_sdk.hub",
+    "LoraHubError": "lora_hub_sdk.errors",
+    "ModelSettings": "lora_hub_sdk.engine.base_model",
+}
+#: Names from the integrations: (module, extra that installs what it needs).
+_GUESTS: Final = {"LoraRetrieverLLM": ("langchain_lora_hub", "langchain")}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _GUESTS:
+        module, extra = _GUESTS[name]
+        try:
+            return getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            if error.name == module:
+                raise
+            from lora_hub_sdk.errors import MissingExtraError
+
+            raise MissingExtraError(f"lora_hub_sdk.{name}", extra) from error
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

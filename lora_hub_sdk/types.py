@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Final, Literal, TypedDict
 
 #: Where a route's adapters are averaged: in the outputs of each layer, or in the parameters A and B.
 Averaged = Literal["outputs", "parameters"]
+#: Where adapters are registered and searched unless a caller says otherwise.
+DEFAULT_NAMESPACE: Final = "default"
 FinishReason = Literal["stop", "length"]
 
 
@@ -97,6 +99,24 @@ class Route:
                 for member in self.members
             ],
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How prompts are routed; one value for all prompts of a call.
+
+    ``adapters`` names the route's adapters and skips the search; an empty tuple is no route at all and is refused.
+    ``min_score`` drops hits below that cosine; a prompt that keeps none is answered by the base model.
+    """
+
+    strategy: str = "mixture"
+    k: int = 3
+    weights: str = "uniform"
+    min_score: float | None = None
+    adapters: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    namespace: str = DEFAULT_NAMESPACE
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lora_hub_sdk.errors import ConfigurationError, UnknownStrategyError
-from lora_hub_sdk.types import Averaged, Hit, Member, Route
+from lora_hub_sdk.types import Averaged, Hit, Member, Route, Routing
 
 #: LORAUTER's temperature for softmax weights (arXiv 2601.21795).
 _TEMPERATURE: Final = 0.2
@@ -58,6 +58,27 @@ def get_strategy(name: str) -> Strategy:
         raise UnknownStrategyError(name, tuple(STRATEGIES)) from None
 
 
+def check_routing(routing: Routing) -> None:
+    """Refuse options that no prompt could be routed by.
+
+    Raises:
+        UnknownStrategyError, ConfigurationError: names the option, its value and what is expected.
+    """
+    strategy = get_strategy(routing.strategy)
+    if isinstance(routing.k, bool) or not isinstance(routing.k, int) or routing.k < 1:
+        raise ConfigurationError(f"k={routing.k!r}: expected a whole number of 1 or more")
+    if routing.weights not in WEIGHTINGS:
+        raise ConfigurationError(f"weights={routing.weights!r} is unknown; choose one of {', '.join(WEIGHTINGS)}")
+    names = routing.adapters
+    if names is None:
+        return
+    if not names or (strategy.limit is not None and len(names) > strategy.limit):
+        raise ConfigurationError(
+            f"adapters={list(names)!r} with strategy {strategy.name!r}: expected "
+            f"{'at least one name' if strategy.limit is None else f'{strategy.limit} name(s)'}"
+        )
+
+
 def uniform(scores: Sequence[float]) -> list[float]:
     """1 / k each, as in the paper."""
     return [1.0 / len(scores)] * len(scores)
@@ -77,18 +98,10 @@ WEIGHTINGS: Final[Mapping[str, Callable[[Sequence[float]], list[float]]]] = {
 
 
 def route_from_hits(strategy: Strategy, hits: Sequence[Hit], weights: str = "uniform") -> Route:
-    """The route of one prompt from its hits, best first. No hits: the base model's route.
-
-    Raises:
-        ConfigurationError: an unknown weighting.
-    """
-    if weights not in WEIGHTINGS:
-        raise ConfigurationError(f"weights={weights!r} is unknown; choose one of {', '.join(WEIGHTINGS)}")
+    """The route of one prompt from its hits, best first. No hits: the base model's route."""
     chosen = hits[: strategy.width(len(hits))]
     if not chosen:
         return Route(strategy.name, strategy.averaged)
     shares = WEIGHTINGS[weights]([hit.score for hit in chosen])
-    members = tuple(
-        Member(hit.adapter, share, hit.score) for hit, share in zip(chosen, shares, strict=True)
-    )
+    members = tuple(Member(hit.adapter, share, hit.score) for hit, share in zip(chosen, shares, strict=True))
     return Route(strategy.name, strategy.averaged, members)

@@ -37,9 +37,7 @@ def load_factors(adapter: Adapter) -> AdapterFactors:
 class AdapterCache:
     """LRU by content digest. One batch may exceed the budget; what it leaves behind does not."""
 
-    def __init__(
-        self, budget_bytes: int, load: Callable[[Adapter], AdapterFactors] = load_factors
-    ) -> None:
+    def __init__(self, budget_bytes: int, load: Callable[[Adapter], AdapterFactors] = load_factors) -> None:
         self._budget = budget_bytes
         self._load = load
         self._held: OrderedDict[str, AdapterFactors] = OrderedDict()

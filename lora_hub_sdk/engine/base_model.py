@@ -75,7 +75,10 @@ def load_base_model(resolved: ResolvedModel, settings: ModelSettings | None = No
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     model = AutoModelForCausalLM.from_pretrained(
-        resolved.folder, dtype=dtype, quantization_config=_quantization(settings.quantization), device_map=device
+        resolved.folder,
+        dtype=dtype,
+        quantization_config=_quantization(settings.quantization),
+        device_map=device,
     )
     model.eval().requires_grad_(False)
     eos_ids = _eos_ids(model, tokenizer)
@@ -115,9 +118,7 @@ def _quantization(kind: Quantization | None) -> object | None:
 
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 
 
 def _eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -107,8 +107,7 @@ def decode(
             # One transfer for all rows; a row that samples looks at its logits itself.
             greedy = logits.argmax(-1).tolist()
             tokens = [
-                base.pad_id if row.done else row.step(logits[place], greedy[place])
-                for place, row in enumerate(alive)
+                base.pad_id if row.done else row.step(logits[place], greedy[place]) for place, row in enumerate(alive)
             ]
             keep = [place for place, row in enumerate(alive) if not row.done]
             if not keep:

@@ -45,9 +45,7 @@ class Engine:
         max_batch_size: a call with more requests is answered in several forward batches.
     """
 
-    def __init__(
-        self, base: BaseModel, *, adapter_cache_bytes: int = _CACHE_BYTES, max_batch_size: int = 64
-    ) -> None:
+    def __init__(self, base: BaseModel, *, adapter_cache_bytes: int = _CACHE_BYTES, max_batch_size: int = 64) -> None:
         if max_batch_size < 1:
             raise ConfigurationError(f"max_batch_size={max_batch_size}: expected 1 or more")
         self.base = base
@@ -158,8 +156,7 @@ class Engine:
             raise EngineClosedError("this engine was closed; open the hub again for a new one")
         composed = self.compose([request.route for request in requests])
         rows = [
-            Row(request.sampling, self.base, _for_row(on_text, start + place))
-            for place, request in enumerate(requests)
+            Row(request.sampling, self.base, _for_row(on_text, start + place)) for place, request in enumerate(requests)
         ]
 
         def narrow(keep: Tensor) -> None:

@@ -8,7 +8,6 @@ from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.types import Sampling
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 

@@ -27,13 +27,18 @@ class ResolvedModel:
 
 
 def resolve_model(
-    name: str | os.PathLike[str], *, endpoint: str | None = None, token: str | None = None
+    name: str | os.PathLike[str],
+    *,
+    endpoint: str | None = None,
+    token: str | None = None,
+    config_only: bool = False,
 ) -> ResolvedModel:
     """Find a base model or an encoder, downloading it where that is needed.
 
     Args:
         name: a local folder, a Hub id, or an embedded name ("smollm2-135m-instruct", "all-minilm-l6-v2").
         endpoint: a Hub other than https://huggingface.co.
+        config_only: a folder with config.json is enough; no weights are downloaded.
 
     Raises:
         ModelNotFoundError: no source has it; the message lists what was tried and why it failed.
@@ -41,19 +46,19 @@ def resolve_model(
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        _require_complete(str(name), path)
+        _require_complete(str(name), path, config_only)
         return ResolvedModel(canonical_name(name), path.resolve(), "path")
     model = embedded(str(name))
     repo_id = model.hub_id if model else str(name)
     tried = [f"local folder {path}: does not exist"]
     if repo_id.count("/") > 1 or repo_id.startswith((".", "~", os.sep)):
         raise ModelNotFoundError(str(name), tried)
-    cached = _from_cache(repo_id)
+    cached = _from_cache(repo_id, config_only)
     if cached is not None:
         return ResolvedModel(repo_id, cached, "cache")
-    pulled = _from_hub(repo_id, endpoint, token)
+    pulled = _from_hub(repo_id, endpoint, token, config_only)
     if isinstance(pulled, Path):
-        _require_complete(repo_id, pulled)
+        _require_complete(repo_id, pulled, config_only)
         return ResolvedModel(repo_id, pulled, "hub")
     tried.append(f"Hub repository {repo_id}: {pulled}")
     if model is not None:
@@ -64,7 +69,7 @@ def resolve_model(
     raise ModelNotFoundError(str(name), tried)
 
 
-def _from_cache(repo_id: str) -> Path | None:
+def _from_cache(repo_id: str, config_only: bool) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -72,10 +77,10 @@ def _from_cache(repo_id: str) -> Path | None:
         folder = Path(snapshot_download(repo_id, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-    return folder if not _missing_files(folder) else None
+    return folder if not _missing_files(folder, config_only) else None
 
 
-def _from_hub(repo_id: str, endpoint: str | None, token: str | None) -> Path | str:
+def _from_hub(repo_id: str, endpoint: str | None, token: str | None, config_only: bool) -> Path | str:
     """The downloaded folder, or the reason why there is none."""
     import httpx
     from huggingface_hub import snapshot_download
@@ -87,7 +92,7 @@ def _from_hub(repo_id: str, endpoint: str | None, token: str | None) -> Path | s
                 repo_id,
                 endpoint=endpoint,
                 token=token,
-                allow_patterns=_PATTERNS,
+                allow_patterns=["config.json"] if config_only else _PATTERNS,
                 ignore_patterns=_OTHER_RUNTIMES,
             )
         )
@@ -95,9 +100,11 @@ def _from_hub(repo_id: str, endpoint: str | None, token: str | None) -> Path | s
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
-def _missing_files(folder: Path) -> list[str]:
+def _missing_files(folder: Path, config_only: bool) -> list[str]:
     """What a loadable folder lacks: a configuration, or weights (all shards of them) as safetensors."""
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    if config_only:
+        return missing
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = set(json.loads(index.read_text())["weight_map"].values())
@@ -107,7 +114,7 @@ def _missing_files(folder: Path) -> list[str]:
     return missing
 
 
-def _require_complete(name: str, folder: Path) -> None:
-    missing = _missing_files(folder)
+def _require_complete(name: str, folder: Path, config_only: bool) -> None:
+    missing = _missing_files(folder, config_only)
     if missing:
         raise ModelDamagedError(name, [f"{folder}: lacks {', '.join(missing)} (pickle weights are not loaded)"])

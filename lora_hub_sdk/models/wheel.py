@@ -34,9 +34,7 @@ def folder_from_wheel(model: EmbeddedModel) -> Path | None:
         return None
     weights = Path(spec.origin).parent / model.weights
     if not weights.is_file():
-        raise ModelDamagedError(
-            model.name, [f"{weights} is missing: run `{model.install_command} --force-reinstall`"]
-        )
+        raise ModelDamagedError(model.name, [f"{weights} is missing: run `{model.install_command} --force-reinstall`"])
     return _converted(model, weights) if model.form == "gguf" else _checked(model, weights).parent
 
 
@@ -58,9 +56,10 @@ def _verify(model: EmbeddedModel, weights: Path) -> None:
 
     digest = hashlib.sha256()
     size = weights.stat().st_size
-    with weights.open("rb") as stream, tqdm(
-        total=size, unit="B", unit_scale=True, desc=f"Checking {model.name}", leave=False
-    ) as bar:
+    with (
+        weights.open("rb") as stream,
+        tqdm(total=size, unit="B", unit_scale=True, desc=f"Checking {model.name}", leave=False) as bar,
+    ):
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
             bar.update(len(chunk))

@@ -1,0 +1,161 @@
+"""Opening a database, and bringing its schema to the version that this package speaks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, inspect
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DatabaseError
+from sqlalchemy.pool import StaticPool
+
+from lora_hub_sdk.errors import ConfigurationError, SchemaError
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+_BUSY_TIMEOUT_MS = 10_000
+
+
+def open_database(database: str) -> Engine:
+    """An engine for a file path, ":memory:", or an SQLAlchemy URL. SQLite runs in WAL mode with a busy timeout.
+
+    Raises:
+        ConfigurationError: a URL that SQLAlchemy does not understand.
+    """
+    url = database if "://" in database else f"sqlite:///{'' if database == ':memory:' else database}"
+    try:
+        parsed = make_url(url)
+        if parsed.get_backend_name() != "sqlite":
+            return create_engine(parsed, pool_pre_ping=True)
+        if parsed.database in (None, "", ":memory:"):
+            # One connection for all threads, since every new one would be an empty database of its own.
+            engine = create_engine(parsed, poolclass=StaticPool, connect_args={"check_same_thread": False})
+        else:
+            Path(parsed.database).expanduser().parent.mkdir(parents=True, exist_ok=True)
+            engine = create_engine(parsed)
+    except (ArgumentError, ImportError) as error:
+        raise ConfigurationError(f"database {database!r} cannot be opened: {error}") from error
+    event.listen(engine, "connect", _set_pragmas)
+    return engine
+
+
+def _set_pragmas(connection: Any, _record: object) -> None:
+    cursor = connection.cursor()
+    for pragma in (
+        "foreign_keys=ON",
+        f"busy_timeout={_BUSY_TIMEOUT_MS}",
+        "journal_mode=WAL",
+        "synchronous=FULL",
+    ):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def ensure_schema(engine: Engine) -> None:
+    """Create the schema in an empty database; refuse one that is not at this package's version.
+
+    Raises:
+        SchemaError: names the command that mends it.
+    """
+    try:
+        with engine.connect() as connection:
+            tables = set(inspect(connection).get_table_names())
+            found = _current(connection)
+    except DatabaseError as error:
+        raise SchemaError(f"{_name(engine)} is not a database that can be read: {error.orig}") from error
+    if not tables:
+        upgrade_schema(engine)
+    elif found is None:
+        raise SchemaError(f"{_name(engine)} holds tables of something else ({', '.join(sorted(tables)[:3])})")
+    elif found != head():
+        _refuse(engine, found)
+
+
+def upgrade_schema(engine: Engine) -> str:
+    """Bring the schema to ``head`` and return that version; nothing happens where it is there already."""
+    from alembic import command
+    from filelock import FileLock
+
+    config = _config()
+    with engine.connect() as connection:
+        found = _current(connection)
+    if found is not None and found not in _known():
+        _refuse(engine, found)
+    file = engine.url.database if engine.dialect.name == "sqlite" else None
+    if file in (None, "", ":memory:"):
+        _run(engine, config, command.upgrade)
+    else:
+        # Two processes that open a new file at once create it once.
+        with FileLock(f"{file}.lock"):
+            _run(engine, config, command.upgrade)
+    return head()
+
+
+def current_version(engine: Engine) -> str | None:
+    """The database's schema version, None where it has none yet."""
+    with engine.connect() as connection:
+        return _current(connection)
+
+
+def head() -> str:
+    """The schema version that this package speaks."""
+    from alembic.script import ScriptDirectory
+
+    version = ScriptDirectory.from_config(_config()).get_current_head()
+    assert version is not None
+    return version
+
+
+def migrations_folder() -> Path:
+    """Where the migrations are: inside the package when installed from a wheel, beside it in a source tree."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "_migrations", package.parent / "migrations"):
+        if (folder / "env.py").is_file():
+            return folder
+    raise SchemaError(f"the migrations are missing beside {package}; reinstall lora-hub-sdk")
+
+
+def _run(engine: Engine, config: Config, action: Any) -> None:
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        action(config, "head")
+
+
+def _config() -> Config:
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(migrations_folder()).replace("%", "%%"))
+    return config
+
+
+def _current(connection: Connection) -> str | None:
+    from alembic.migration import MigrationContext
+
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def _known() -> set[str]:
+    from alembic.script import ScriptDirectory
+
+    return {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+
+
+def _refuse(engine: Engine, found: str) -> None:
+    if found in _known():
+        raise SchemaError(
+            f"{_name(engine)} has schema {found}, this package speaks {head()}; run: "
+            f"lora-hub db upgrade --database {_name(engine)}"
+        )
+    raise SchemaError(
+        f"{_name(engine)} has schema {found}, which this package ({head()}) does not know; "
+        "it was written by a newer version: pip install --upgrade lora-hub-sdk"
+    )
+
+
+def _name(engine: Engine) -> str:
+    url = engine.url
+    file = url.database if url.get_backend_name() == "sqlite" else None
+    return file or url.render_as_string(hide_password=True)

@@ -1,0 +1,1 @@
+"""WHICH ADAPTERS FIT A PROMPT: the encoder, an adapter's vector, the search."""
