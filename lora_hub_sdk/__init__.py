@@ -1,7 +1,7 @@
 """Many LoRA adapters, one model: retrieve those that fit each prompt, compose them, answer in one batch.
 
-After *LoraRetriever: Input-Aware LoRA Retrieval and Composition for Mixed Tasks in the Wild* (arXiv 2402.09997). Importing
-this package is instant; torch, transformers and chromadb load where they are first used.
+After *LoraRetriever: Input-Aware LoRA Retrieval and Composition for Mixed Tasks in the Wild* (arXiv 2402.09997).
+Importing this package is instant; torch, transformers and chromadb load where they are first used.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ Where people already catch a standard type (``ValueError``, ``LookupError``), th
     ├── SourceError                            a repository that could not be pulled
     │   ├── RepoNotFoundError (LookupError)
     │   ├── RepoAccessError (PermissionError)  private or gated, or the token is missing or wrong
+    │   ├── RepoHiddenError                    either of the two above: the Hub does not tell
     │   ├── RevisionNotFoundError (LookupError)
     │   └── DownloadError (OSError)            the Hub is unreachable, answered 5xx, or broke off
     ├── AdmissionError (ValueError)            files that are no adapter we can serve exactly
@@ -103,6 +104,10 @@ class RepoNotFoundError(SourceError, LookupError):
 
 class RepoAccessError(SourceError, PermissionError):
     """The repository is private or gated and the token at hand does not open it."""
+
+
+class RepoHiddenError(RepoNotFoundError, RepoAccessError):
+    """No such repository, or a private one: without a valid token the Hub does not tell these apart."""
 
 
 class RevisionNotFoundError(SourceError, LookupError):

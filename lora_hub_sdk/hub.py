@@ -58,15 +58,15 @@ Sample = str | Mapping[str, Any]
 class LoraHub:
     """A registry of adapters, a retriever over it, and the engines that answer with them.
 
-    Thread-safe, and a context manager. Opening is quick: the encoder, the vector index and base models load when they are
-    first needed.
+    Thread-safe, and a context manager. Opening is quick: the encoder, the vector index and base models load when they
+    are first needed.
 
     Args:
-        database: a SQLite file, ":memory:", or an SQLAlchemy URL. An empty one gets its tables; one of another version is
-            refused.
+        database: a SQLite file, ":memory:", or an SQLAlchemy URL. An empty one gets its tables; one of another version
+            is refused.
         index: folder of the vector index, or "http://host:port" of a Chroma server; None is a place beside the database.
         encoder: a folder, a Hub id, the embedded "all-minilm-l6-v2", or any object of the ``Encoder`` protocol.
-        instruction: put in front of every text that is embedded (paper section 4.1); part of the encoder's fingerprint.
+        instruction: put in front of every text that is embedded (paper section 4.1); part of the fingerprint.
         endpoint: a Hub other than https://huggingface.co.
         token: for private and gated repositories; None takes the one that huggingface_hub finds.
         cache_dir: where pulled adapters are kept; None is huggingface_hub's cache.

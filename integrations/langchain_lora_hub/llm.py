@@ -36,11 +36,11 @@ _MODEL: Final = ("dtype", "device", "quantization")
 class LoraRetrieverLLM(BaseLLM):
     """Finds for each prompt the adapters that fit, composes them, and answers all prompts of a call in one batch.
 
-    ``invoke``, ``batch``, ``ainvoke``, ``abatch`` and ``stream`` work as with any LangChain model; ``batch`` of n prompts
-    is one batch of the engine. Fields of routing and sampling may be given anew with each call
-    (``llm.invoke(prompt, strategy="fusion", k=2)``). Every generation tells its route:
-    ``generation_info["route"] == {"strategy": ..., "adapters": [{"name", "repo_id", "revision", "score", "weight"}, ...]}``;
-    no adapters there means that the base model answered.
+    ``invoke``, ``batch``, ``ainvoke``, ``abatch`` and ``stream`` work as with any LangChain model; ``batch`` of n
+    prompts is one batch of the engine. Fields of routing and sampling may be given anew with each call
+    (``llm.invoke(prompt, strategy="fusion", k=2)``). Every generation tells its route in ``generation_info["route"]``:
+    ``{"strategy": ..., "adapters": [{"name", "repo_id", "revision", "score", "weight"}, ...]}``; no adapters there
+    means that the base model answered.
 
     Raises:
         UnknownStrategyError, ConfigurationError: at construction, for values that no call could use.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
 from lora_hub_sdk.engine.shapes import linear_shapes
 from lora_hub_sdk.errors import ConfigurationError
@@ -80,7 +80,7 @@ def load_base_model(resolved: ResolvedModel, settings: ModelSettings | None = No
         quantization_config=_quantization(settings.quantization),
         device_map=device,
     )
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)  # from_pretrained leaves it in evaluation mode
     eos_ids = _eos_ids(model, tokenizer)
     return BaseModel(
         id=resolved.id,
@@ -116,9 +116,13 @@ def _quantization(kind: Quantization | None) -> object | None:
     import torch
     from transformers import BitsAndBytesConfig
 
+    settings: Any = BitsAndBytesConfig
     if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+        return cast("object", settings(load_in_8bit=True))
+    return cast(
+        "object",
+        settings(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
+    )
 
 
 def _eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

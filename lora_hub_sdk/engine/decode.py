@@ -100,7 +100,7 @@ def decode(
     import torch
 
     with torch.inference_mode():
-        state = _Batch(base, prompts, max(row._sampling.max_new_tokens for row in rows))
+        state = RunningBatch(base, prompts, max(row._sampling.max_new_tokens for row in rows))
         alive = list(rows)
         logits = state.prefill()
         while True:
@@ -120,7 +120,7 @@ def decode(
             logits = state.step(tokens)
 
 
-class _Batch:
+class RunningBatch:
     """The tensors of a running batch: left-padded ids, mask, positions, and the key-value cache."""
 
     def __init__(self, base: BaseModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -91,7 +91,7 @@ class Engine:
 
         def on_text(_row: int, text: str) -> None:
             if left.is_set():
-                raise _ReaderLeft
+                raise _ReaderLeftError
             pieces.put(text)
 
         def work() -> None:
@@ -182,7 +182,7 @@ class Engine:
         )
 
 
-class _ReaderLeft(Exception):
+class _ReaderLeftError(Exception):
     """Nobody reads the stream any more; unwinds the decoding."""
 
 

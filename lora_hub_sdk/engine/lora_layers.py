@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lora_hub_sdk.composition.compose import ComposedBatch, RowLora
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from torch.utils.hooks import RemovableHandle
 
 
 class LoraLayers:
     """Adds each row's own delta to the linear modules of a shared base model.
 
-    The base weights are never written. Hooks exist only inside ``with layers.apply(batch)``, and are removed on every way
-    out of it: PEFT's hooks outlive an exception and give the next caller the failed call's adapter. Not thread-safe:
-    whoever owns the model serialises its batches.
+    The base weights are never written. Hooks exist only inside ``with layers.apply(batch)``, and are removed on every
+    way out of it: PEFT's hooks outlive an exception and give the next caller the failed call's adapter. Not
+    thread-safe: whoever owns the model serialises its batches.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
@@ -28,16 +27,12 @@ class LoraLayers:
     @contextmanager
     def apply(self, batch: ComposedBatch) -> Iterator[None]:
         """Within the block every forward pass has ``batch.rows`` rows, each with its own composition."""
-        handles: list[RemovableHandle] = []
         self._active = batch.modules
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.narrow, ComposedBatch(0, {}))
             for path in batch.modules:
-                handles.append(self._modules[path].register_forward_hook(self._hook(path)))
+                undo.callback(self._modules[path].register_forward_hook(self._hook(path)).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._active = {}
 
     def narrow(self, batch: ComposedBatch) -> None:
         """Go on with fewer rows inside the block: the same modules, some rows gone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.types import Sampling
@@ -53,7 +53,7 @@ class TokenSampler:
             warpers.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1.0:
             warpers.append(TopPLogitsWarper(sampling.top_p))
-        self._warp = LogitsProcessorList(warpers)
+        self._warp: Any = LogitsProcessorList(warpers)
 
     def choose(self, logits: Tensor, greedy_token: int) -> int:
         """The next token from logits of shape (vocabulary,); ``greedy_token`` is their argmax, known for all rows."""
@@ -62,7 +62,7 @@ class TokenSampler:
         import torch
 
         # The warpers take the ids so far and do not use them.
-        scores = self._warp(torch.empty(1, 0, dtype=torch.long), logits.float().cpu()[None])
+        scores: Tensor = self._warp(torch.empty(1, 0, dtype=torch.long), logits.float().cpu()[None])
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._generator))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_hub_sdk.registry.admission import ModuleShapes
 
@@ -19,9 +19,9 @@ def module_shapes(folder: Path) -> ModuleShapes:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
+    build: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = build(AutoConfig.from_pretrained(folder))
     return linear_shapes(model)
 
 

@@ -52,7 +52,7 @@ def _checked(model: EmbeddedModel, weights: Path) -> Path:
 
 
 def _verify(model: EmbeddedModel, weights: Path) -> None:
-    from huggingface_hub.utils import tqdm
+    from tqdm.auto import tqdm
 
     digest = hashlib.sha256()
     size = weights.stat().st_size

@@ -141,11 +141,12 @@ def check_base_model(config: AdapterConfig, expected: str, found: str, source: s
 
 
 def _parse(weights: bytes, source: str) -> dict[str, dict[str, Any]]:
-    from safetensors import SafetensorError, deserialize
+    import safetensors
 
+    read: Any = safetensors.deserialize  # the extension carries no types
     try:
-        return dict(deserialize(weights))
-    except (SafetensorError, ValueError, OverflowError, MemoryError) as error:
+        return dict(read(weights))
+    except (safetensors.SafetensorError, ValueError, OverflowError, MemoryError) as error:
         raise DamagedWeightsError(source, f"{WEIGHTS_FILE} cannot be read: {error}") from error
 
 

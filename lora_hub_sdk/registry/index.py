@@ -15,7 +15,7 @@ from lora_hub_sdk.registry.store import Embedding, Vector
 
 #: Chroma refuses more rows than this in one call (its SQLite has a limit on variables).
 _ROWS_PER_CALL: Final = 5000
-#: How many candidates HNSW keeps while it searches. Its default of 100 loses half of the neighbours of unclustered vectors.
+#: How many candidates HNSW keeps while it searches; its default loses half of the neighbours of unclustered vectors.
 _EF_SEARCH: Final = 1000
 
 
@@ -30,7 +30,7 @@ class IndexFilter:
 
 
 class VectorIndex(Protocol):
-    """Vectors of one encoder, by key. Implementations are thread-safe; keys are unique and writing one twice is harmless."""
+    """Vectors of one encoder, by key. Implementations are thread-safe; writing a key twice is harmless."""
 
     def put(self, embeddings: Sequence[Embedding]) -> None:
         """Insert or replace."""
@@ -76,7 +76,7 @@ class ChromaIndex:
 
         settings = Settings(anonymized_telemetry=False)
         if location is None:
-            self._client = chromadb.EphemeralClient(settings=settings)
+            self._client: Any = chromadb.EphemeralClient(settings=settings)
         elif isinstance(location, str) and "://" in location:
             address = urlsplit(location)
             if address.scheme not in ("http", "https") or not address.hostname:

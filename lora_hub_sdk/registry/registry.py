@@ -43,14 +43,14 @@ class Verification:
 class Registry:
     """Adapters with their samples and vectors. Thread-safe.
 
-    A write commits to SQL first and then follows in the index. A crash between the two leaves a complete adapter in SQL;
-    the index is compared with SQL, by keys that contain a digest of each vector, whenever a registry is opened.
+    A write commits to SQL first and then follows in the index. A crash between the two leaves a complete adapter in
+    SQL; the index is compared with SQL, by keys that contain a digest of each vector, before its first use.
 
     Args:
         database: a file, ":memory:", or an SQLAlchemy URL.
         index: a folder, "http://host:port" of a Chroma server, or None for a place beside the database.
-        encoder: gives the fingerprint of the encoder whose vectors are searched; asked on the first use of the index, so
-            that listing adapters needs no encoder.
+        encoder: gives the fingerprint of the encoder whose vectors are searched; asked on the first use of the index,
+            so that listing adapters needs no encoder.
 
     Raises:
         SchemaError: the database is of another version.
@@ -203,8 +203,8 @@ class Registry:
         found, asked = known.digest, registration.admitted.digest
         if found != asked:
             raise NameTakenError(
-                f"{known.name!r} is registered with content {found[:12]} (revision {known.revision[:12]}), asked for was "
-                f"{asked[:12]}; remove it first, or give the new one another name"
+                f"{known.name!r} is registered with content {found[:12]} (revision {known.revision[:12]}), asked for "
+                f"was {asked[:12]}; remove it first, or give the new one another name"
             )
         if registration.origin == "samples" and self._store.samples(known) != registration.samples:
             raise NameTakenError(

@@ -81,7 +81,7 @@ class SqlStore:
     def find(self, name: str, namespace: str) -> Adapter | None:
         """The adapter of that name, or None."""
         with Session(self._engine) as session:
-            row = session.scalar(_named(name, namespace))
+            row = session.scalars(_named(name, namespace)).one_or_none()
             return None if row is None else _adapter(row)
 
     def get(self, name: str, namespace: str) -> Adapter:
@@ -232,7 +232,7 @@ def _adapter(row: AdapterRow) -> Adapter:
     )
 
 
-def _named(name: str, namespace: str) -> Select[tuple[AdapterRow]]:
+def _named(name: str, namespace: str) -> Select[AdapterRow]:
     return select(AdapterRow).where(AdapterRow.name == name, AdapterRow.namespace == namespace)
 
 

@@ -40,8 +40,8 @@ class Encoder(Protocol):
 class SentenceEncoder:
     """A sentence-transformers model; every text is encoded with ``instruction`` in front of it.
 
-    Two encoders have one fingerprint exactly when weights, configuration and instruction are the same. The model itself is
-    loaded on first use.
+    Two encoders have one fingerprint exactly when weights, configuration and instruction are the same. The model itself
+    is loaded on first use.
     """
 
     def __init__(self, resolved: ResolvedModel, *, instruction: str = INSTRUCTION, device: str | None = None) -> None:
@@ -94,8 +94,8 @@ def _fingerprint(folder: Path, instruction: str) -> str:
 def mean_vector(vectors: NDArray[np.float32]) -> Vector:
     """An adapter's vector: the mean of its samples' vectors of length 1, brought to length 1 again (paper eq. 1).
 
-    The authors' code leaves the mean as it is and calls a dot product cosine; adapters with varied samples, whose mean is
-    short, are then found too rarely.
+    The authors' code leaves the mean as it is and calls a dot product cosine; adapters with varied samples, whose mean
+    is short, are then found too rarely.
     """
     return unit(vectors.mean(axis=0))
 
