@@ -66,15 +66,14 @@ class PromptEncoder:
         dropped, excess = 0, len(ids) - limit
         while excess > 0:
             dropped += excess
-            if dropped > len(starts):
+            if dropped >= len(starts):
                 raise PromptTooLongError(
-                    row, len(ids), limit, hint="its template alone is too long; lower max_new_tokens"
+                    row, len(ids), limit, hint="its template alone leaves no room; lower max_new_tokens"
                 )
-            # Tokens merge anew at the cut, so one round may leave a few too many.
-            kept = text[starts[dropped] :] if dropped < len(starts) else ""
-            ids = self._render(kept)
+            # A character may be several tokens, and tokens merge anew at the cut: one round may leave a few too many.
+            ids = self._render(text[starts[dropped] :])
             excess = len(ids) - limit
-        return EncodedPrompt(tuple(ids), dropped)
+        return EncodedPrompt(tuple(ids), sum(start < starts[dropped] for start in starts))
 
     def _render(self, text: str) -> list[int]:
         if self._template == "chat":

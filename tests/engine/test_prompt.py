@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from lora_hub_sdk.engine.prompt import PromptEncoder, Template
+from lora_hub_sdk.errors import ConfigurationError, PromptTooLongError
+from lora_hub_sdk.models import resolve_model
+from lora_hub_sdk.testing import tiny_base
+
+
+@pytest.fixture(scope="module")
+def smol() -> Any:
+    return AutoTokenizer.from_pretrained(resolve_model("smollm2-135m-instruct").folder)
+
+
+@pytest.fixture(scope="module")
+def plain(base: Path) -> Any:
+    return AutoTokenizer.from_pretrained(base)
+
+
+def test_auto_uses_the_chat_template_and_ends_where_the_answer_begins(smol: Any) -> None:
+    ids = PromptEncoder(smol).encode("Hello", limit=1000).ids
+    assert ids == PromptEncoder(smol, "chat").encode("Hello", limit=1000).ids
+    text = smol.decode(ids)
+    assert text.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_auto_without_a_chat_template_is_the_text_itself(plain: Any) -> None:
+    assert plain.decode(PromptEncoder(plain).encode("Hello", limit=99).ids) == "Hello"
+
+
+def test_none_is_the_text_itself(smol: Any) -> None:
+    assert smol.decode(PromptEncoder(smol, None).encode("Hello", limit=99).ids) == "Hello"
+
+
+def test_alpaca_and_functions_wrap_the_text(plain: Any) -> None:
+    alpaca = plain.decode(PromptEncoder(plain, "alpaca").encode("Sing {a} song", limit=999).ids)
+    assert alpaca.endswith("### Instruction:\nSing {a} song\n\n### Response:\n")
+    own = PromptEncoder(plain, lambda text: f"Q: {text} A:").encode("why", limit=99)
+    assert plain.decode(own.ids) == "Q: why A:"
+
+
+def test_chat_is_refused_where_there_is_no_chat_template(plain: Any) -> None:
+    with pytest.raises(ConfigurationError, match="no chat template"):
+        PromptEncoder(plain, "chat")
+    with pytest.raises(ConfigurationError, match="llama3"):
+        PromptEncoder(plain, "llama3")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("template", ["chat", "alpaca", None])
+def test_a_long_prompt_keeps_its_end_and_the_whole_template(smol: Any, template: Template) -> None:
+    encoder = PromptEncoder(smol, template)
+    short = smol.decode(encoder.encode("END", limit=999).ids)
+    text = "front " + "filler words " * 500 + "the question is the END"
+    cut = encoder.encode(text, limit=120)
+    shown = smol.decode(cut.ids)
+    assert len(cut.ids) <= 120
+    assert cut.truncated > 800
+    assert "front" not in shown
+    before, _, after = short.partition("END")
+    assert shown.startswith(before)
+    assert shown.endswith("the question is the END" + after)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=300), limit=st.integers(1, 60))
+def test_the_limit_always_holds_and_what_is_kept_is_the_end(plain: Any, text: str, limit: int) -> None:
+    try:
+        encoded = PromptEncoder(plain, None).encode(text, limit=limit)
+    except PromptTooLongError:
+        assert len(text[-1].encode()) > limit  # not even its last character fits
+        return
+    assert 1 <= len(encoded.ids) <= limit
+    kept = plain.decode(encoded.ids)
+    assert text.endswith(kept)
+    assert encoded.truncated == len(text.encode()) - len(kept.encode())
+
+
+def test_refuse_says_how_much_there_was(smol: Any) -> None:
+    with pytest.raises(PromptTooLongError) as caught:
+        PromptEncoder(smol, None).encode("word " * 50, limit=10, overflow="refuse", row=3)
+    assert (caught.value.row, caught.value.limit) == (3, 10)
+    assert caught.value.tokens >= 50
+
+
+def test_a_template_that_alone_is_too_long_is_an_error(smol: Any) -> None:
+    with pytest.raises(PromptTooLongError, match="template alone"):
+        PromptEncoder(smol, "chat").encode("word " * 50, limit=5)
+
+
+def test_special_tokens_are_added_once_by_templates(tmp_path: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_base(tmp_path / "chatty", chat=True))
+    assert tokenizer.decode(PromptEncoder(tokenizer).encode("hi", limit=99).ids) == "<user>hi\n<assistant>"
