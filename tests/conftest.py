@@ -11,6 +11,8 @@ import pytest
 # One line of text a process is enough; bars and notices would drown a failing test's own output.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny tensors gain nothing from threads, and lose much where other work shares the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from lora_hub_sdk.hub import LoraHub
 from lora_hub_sdk.models import resolve_model

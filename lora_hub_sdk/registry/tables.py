@@ -47,7 +47,7 @@ class AdapterRow(Base):
     digest: Mapped[str] = mapped_column(String(64), index=True)
     base_model: Mapped[str] = mapped_column(String(512), index=True)
     rank: Mapped[int] = mapped_column(Integer)
-    alpha: Mapped[float]
+    alpha: Mapped[float] = mapped_column(Double)
     target_modules: Mapped[list[str]] = mapped_column(JSON)
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     license: Mapped[str | None] = mapped_column(String(128))

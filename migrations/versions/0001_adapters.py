@@ -27,7 +27,7 @@ def upgrade() -> None:
         sa.Column("digest", sa.String(64), nullable=False),
         sa.Column("base_model", sa.String(512), nullable=False),
         sa.Column("rank", sa.Integer, nullable=False),
-        sa.Column("alpha", sa.Float, nullable=False),
+        sa.Column("alpha", sa.Double, nullable=False),
         sa.Column("target_modules", sa.JSON, nullable=False),
         sa.Column("size_bytes", sa.BigInteger, nullable=False),
         sa.Column("license", sa.String(128)),
