@@ -26,7 +26,7 @@ from lora_hub_sdk.registry.registry import Registry, Verification
 from lora_hub_sdk.registry.source import HubSource
 from lora_hub_sdk.registry.store import Registration, Vector
 from lora_hub_sdk.retriever.encoder import INSTRUCTION, Encoder, SentenceEncoder
-from lora_hub_sdk.retriever.retriever import Retriever, embed_samples, given_vector
+from lora_hub_sdk.retriever.retriever import Retriever, check_prompts, embed_samples, given_vector
 from lora_hub_sdk.retriever.samples import sample_texts
 from lora_hub_sdk.types import (
     DEFAULT_NAMESPACE,
@@ -277,6 +277,7 @@ class LoraHub:
         """
         routing = routing or Routing()
         check_routing(routing)
+        check_prompts(prompts)
         strategy = get_strategy(routing.strategy)
         if routing.adapters is not None:
             return [self._pinned(strategy, routing, canonical_name(base_model))] * len(prompts)

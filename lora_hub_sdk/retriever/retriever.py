@@ -40,9 +40,7 @@ class Retriever:
         """
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ConfigurationError(f"k={k!r}: expected a whole number of 1 or more")
-        for row, prompt in enumerate(prompts):
-            if not prompt.strip():
-                raise EmptyPromptError(row)
+        check_prompts(prompts)
         if not prompts:
             return []
         return self._registry.search(
@@ -53,6 +51,17 @@ class Retriever:
             tags=tags,
             exclude=exclude,
         )
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Refuse prompts that say nothing: no adapter can be nearest to them.
+
+    Raises:
+        EmptyPromptError: names the first such prompt's place.
+    """
+    for row, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise EmptyPromptError(row)
 
 
 def embed_samples(encoder: Encoder, texts: Sequence[str], source: str) -> Vector:

@@ -1,0 +1,167 @@
+"""LoraRetrieverLLM as a LangChain citizen, on a tiny random model."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import PromptTemplate
+
+from langchain_lora_hub import LoraRetrieverLLM
+from lora_hub_sdk.errors import ConfigurationError, EmptyPromptError, NoAdaptersError, UnknownStrategyError
+from lora_hub_sdk.hub import LoraHub
+from lora_hub_sdk.testing import tiny_adapter
+
+TASKS = {
+    "french": ["Translate into French: good morning", "How do you say thanks in French?"],
+    "maths": ["What is 12 + 30?", "Add 4 and 9."],
+    "poems": ["Write a poem about the sea", "Compose a short rhyme"],
+}
+PROMPTS = [f"{text} ({place})" for place in range(6) for texts in TASKS.values() for text in texts][:16]
+
+
+@pytest.fixture
+def pool(hub: LoraHub, base: Path, tmp_path: Path) -> LoraHub:
+    for seed, (name, samples) in enumerate(TASKS.items()):
+        hub.register(tiny_adapter(tmp_path / name, base, seed=seed, rank=seed + 2), samples=samples)
+    return hub
+
+
+@pytest.fixture
+def llm(pool: LoraHub, base: Path) -> LoraRetrieverLLM:
+    return LoraRetrieverLLM(hub=pool, base_model=str(base), max_new_tokens=6)
+
+
+def test_it_runs_in_a_chain(llm: LoraRetrieverLLM) -> None:
+    chain = PromptTemplate.from_template("Please: {task}") | llm | StrOutputParser()
+    answer = chain.invoke({"task": "add 3 and 4"})
+    assert answer == llm.invoke("Please: add 3 and 4")
+    assert chain.batch([{"task": "add 3 and 4"}, {"task": "rhyme"}])[0] == answer
+
+
+def test_sixteen_prompts_are_one_engine_batch(llm: LoraRetrieverLLM, pool: LoraHub, base: Path) -> None:
+    engine = pool.engine(base)
+    answers = llm.batch(PROMPTS)
+    assert engine.batches == 1
+    order = [(7 * place) % 16 for place in range(16)]
+    turned = llm.batch([PROMPTS[place] for place in order])
+    assert [turned[order.index(place)] for place in range(16)] == answers
+    assert len(set(answers)) > 3
+    assert asyncio.run(llm.abatch(PROMPTS)) == answers
+    assert engine.batches == 3
+    assert asyncio.run(llm.ainvoke(PROMPTS[3])) == answers[3]
+
+
+@pytest.mark.parametrize("strategy", ["selection", "mixture", "fusion"])
+def test_every_generation_tells_its_route(llm: LoraRetrieverLLM, pool: LoraHub, strategy: str) -> None:
+    result = llm.generate(["Say hello in French", "5 + 6"], strategy=strategy, k=2)
+    for (generation,), nearest in zip(result.generations, ("french", "maths"), strict=True):
+        info: dict[str, Any] = generation.generation_info or {}
+        route = info["route"]
+        assert route["strategy"] == strategy
+        assert len(route["adapters"]) == (1 if strategy == "selection" else 2)
+        first = route["adapters"][0]
+        assert first["name"] == nearest
+        assert first["revision"] == pool.get(nearest).revision
+        assert sum(adapter["weight"] for adapter in route["adapters"]) == pytest.approx(1.0)
+        assert first["score"] == max(adapter["score"] for adapter in route["adapters"])
+        usage = info["token_usage"]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    usage = (result.llm_output or {})["token_usage"]
+    assert usage["completion_tokens"] <= 12
+
+
+def test_the_base_model_answers_only_where_it_was_asked_to(llm: LoraRetrieverLLM) -> None:
+    (generation,) = llm.generate(["zebra crossing"], min_score=0.99).generations[0]
+    assert (generation.generation_info or {})["route"]["adapters"] == []
+    assert generation.text == llm.invoke("zebra crossing", strategy="base")
+    assert generation.text != llm.invoke("zebra crossing", adapters=("maths",))
+
+
+def test_streaming_gives_the_same_text_and_the_route_at_its_end(llm: LoraRetrieverLLM) -> None:
+    class Tokens(BaseCallbackHandler):
+        def __init__(self) -> None:
+            self.seen: list[str] = []
+            self.info: dict[str, Any] = {}
+
+        def on_llm_new_token(self, token: Any, **_: Any) -> None:
+            self.seen.append(token)
+
+        def on_llm_end(self, response: Any, **_: Any) -> None:
+            self.info = response.generations[0][0].generation_info
+
+    tokens = Tokens()
+    pieces = list(llm.stream("Add 3 and 4", config={"callbacks": [tokens]}))
+    assert "".join(pieces) == "".join(tokens.seen) == llm.invoke("Add 3 and 4")
+    assert tokens.info["route"]["adapters"][0]["name"] == "maths"
+
+    async def collect() -> list[str]:
+        return [piece async for piece in llm.astream("Add 3 and 4")]
+
+    assert asyncio.run(collect()) == pieces
+
+
+def test_stop_seed_and_temperature(llm: LoraRetrieverLLM) -> None:
+    text = llm.invoke("Add 3 and 4", max_new_tokens=20)
+    assert llm.invoke("Add 3 and 4", max_new_tokens=20, stop=[text[3:5]]) == text[: text.index(text[3:5])]
+    warm = {"temperature": 1.5, "max_new_tokens": 20}
+    assert llm.invoke("Add 3 and 4", seed=1, **warm) == llm.invoke("Add 3 and 4", seed=1, **warm)
+    assert llm.invoke("Add 3 and 4", seed=1, **warm) != llm.invoke("Add 3 and 4", seed=2, **warm)
+
+
+def test_the_cache_is_never_stale(pool: LoraHub, base: Path, tmp_path: Path) -> None:
+    llm = LoraRetrieverLLM(hub=pool, base_model=str(base), max_new_tokens=4, cache=InMemoryCache(), strategy="selection")
+    engine = pool.engine(base)
+    llm.invoke("Add 3 and 4")
+    llm.invoke("Add 3 and 4")
+    assert engine.batches == 1
+    llm.model_copy(update={"strategy": "mixture"}).invoke("Add 3 and 4")
+    assert engine.batches == 2
+    pool.register(tiny_adapter(tmp_path / "sums", base, seed=9), samples=["Add 3 and 4"])
+    answer = llm.generate(["Add 3 and 4"])
+    assert engine.batches == 3
+    assert (answer.generations[0][0].generation_info or {})["route"]["adapters"][0]["name"] == "sums"
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"strategy": "soup"}, UnknownStrategyError),
+        ({"k": 0}, ConfigurationError),
+        ({"weights": "odd"}, ConfigurationError),
+        ({"temperature": -1.0}, ConfigurationError),
+        ({"max_new_tokens": 0}, ConfigurationError),
+        ({"adapters": ()}, ConfigurationError),
+        ({"strategi": "mixture"}, ValueError),
+        ({"dtype": "float8"}, ValueError),
+    ],
+)
+def test_fields_that_make_no_sense_are_refused_at_once(
+    pool: LoraHub, base: Path, fields: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        LoraRetrieverLLM(hub=pool, base_model=str(base), **fields)
+
+
+def test_calls_that_make_no_sense_are_refused(llm: LoraRetrieverLLM) -> None:
+    with pytest.raises(ConfigurationError, match="colour"):
+        llm.invoke("x", colour="red")
+    with pytest.raises(UnknownStrategyError):
+        llm.invoke("x", strategy="soup")
+    with pytest.raises(EmptyPromptError):
+        llm.batch(["fine", ""])
+
+
+def test_an_empty_registry_is_an_error(hub: LoraHub, base: Path) -> None:
+    with pytest.raises(NoAdaptersError):
+        LoraRetrieverLLM(hub=hub, base_model=str(base)).invoke("x")
+
+
+def test_return_exceptions(llm: LoraRetrieverLLM) -> None:
+    outcome = llm.batch(["fine", ""], return_exceptions=True)
+    assert all(isinstance(each, EmptyPromptError) for each in outcome)
