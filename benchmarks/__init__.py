@@ -1,0 +1,1 @@
+"""Kept measurements: each module is a program, ``python -m benchmarks.<name>``."""

@@ -1,0 +1,94 @@
+"""How a benchmark shows what it measured: JSON for programs, a table for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Seconds = Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run. ``systems`` and ``ratios`` keep the order in which they are to be shown."""
+
+    machine: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    systems: Mapping[str, Mapping[str, Any]]
+    ratios: Mapping[str, Mapping[str, float]]
+    agree: Mapping[str, Mapping[str, int]]
+
+    def as_json(self) -> str:
+        """One line, so that the reports of several runs are JSON lines."""
+        return json.dumps(asdict(self))
+
+    def show(self) -> None:
+        """Print tables."""
+        from rich.console import Console
+
+        console = Console()
+        console.print(f"{self.machine}\n{self.settings}", markup=False, highlight=False)
+        console.print(_table("system", self.systems))
+        console.print(_table("ratio of throughputs", self.ratios))
+        for name, found in self.agree.items():
+            console.print(f"{name}: {found['rows_equal']} of {found['rows']} rows give the same tokens", markup=False)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    import peft
+    import torch
+    import transformers
+
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and extremes."""
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def throughput_ratio(seconds: Seconds, system: str, against: str) -> dict[str, float]:
+    """How many times the throughput of ``against``, by rounds: both of a round met the same noise of the machine."""
+    return spread([other / own for own, other in zip(seconds[system], seconds[against], strict=True)])
+
+
+def _cpu() -> str:
+    """The processor's name and the vector units that decide its speed in bfloat16, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = facts.get("flags", "").split()
+    units = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    return f"{facts.get('model name', platform.processor())} ({' '.join(units)})"
+
+
+def _table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Any:
+    from rich.table import Table
+
+    numbers = {name: {key: value for key, value in row.items() if _is_number(value)} for name, row in rows.items()}
+    columns = list(dict.fromkeys(key for row in numbers.values() for key in row))
+    table = Table(title, *columns)
+    for name, row in numbers.items():
+        table.add_row(name, *(f"{row[key]:.3f}" if key in row else "" for key in columns))
+    return table
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)

@@ -1,0 +1,25 @@
+"""The ``lora-hub`` program: its groups of commands, put together."""
+
+from __future__ import annotations
+
+import typer
+
+from lora_hub_sdk.cli import adapters, answers, database, demo
+
+app = typer.Typer(
+    name="lora-hub",
+    help="Many LoRA adapters, one model: register them, find those that fit a prompt, answer with them.",
+    no_args_is_help=True,
+    add_completion=False,
+    # A traceback of ours is for bug reports; locals in it could hold prompts and tokens.
+    pretty_exceptions_show_locals=False,
+)
+demo.add_to(app)
+adapters.add_to(app)
+answers.add_to(app)
+database.add_to(app)
+
+
+def main() -> None:
+    """Run the program; the entry point ``lora-hub``."""
+    app()
