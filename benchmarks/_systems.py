@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from benchmarks._workload import Tokens, Workload
 from lora_hub_sdk.composition.factors import AdapterFactors
 from lora_hub_sdk.composition.mapping import build_plan
-from lora_hub_sdk.composition.reference import stack_padded
+from lora_hub_sdk.composition.reference import mixture_einsum, stack_padded
 from lora_hub_sdk.engine.adapter_cache import load_factors
 from lora_hub_sdk.engine.base_model import BaseModel
 from lora_hub_sdk.engine.decode import Row, decode
@@ -102,7 +102,7 @@ class EinsumSystem:
     def run(self, new_tokens: int) -> Tokens:
         rows = [Row(Sampling(max_new_tokens=new_tokens), self._base) for _ in self._prompts]
         with self._hooks():
-            decode(self._base, self._prompts, rows, narrow=_never_narrow)
+            decode(self._base, self._prompts, rows, layers=_FixedRows())
         return [_ids(row.done.text) for row in rows if row.done is not None]
 
     @contextmanager
@@ -119,7 +119,7 @@ class EinsumSystem:
         a, b, matrix = _stacked(self._adapters, self._plan.matrix, path, self._base)
 
         def add_delta(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            return output + _mixture_einsum(inputs[0], a, b, matrix)
+            return output + mixture_einsum(inputs[0], a, b, matrix)
 
         return add_delta
 
@@ -175,17 +175,14 @@ def _stacked(
     return a.to(base.device, base.dtype), b.to(base.device, base.dtype), chosen.to(base.device, base.dtype)
 
 
-def _mixture_einsum(x: Tensor, a: Tensor, b: Tensor, matrix: Tensor) -> Tensor:
-    """``reference.mixture_einsum`` on stacks made once for a batch; stacking at each call would slow it unfairly."""
-    import torch
+class _FixedRows:
+    """For hooks that never change within a batch: all rows end together, so none leaves it early."""
 
-    each = torch.einsum("bld,prd->blpr", x, a)
-    each = torch.einsum("blpr,por->blpo", each, b)
-    return torch.einsum("bp,blpo->blo", matrix, each)
+    def start_decoding(self) -> None:
+        pass
 
-
-def _never_narrow(_keep: Tensor) -> None:
-    raise AssertionError("all rows end together, so none leaves the batch early")
+    def narrow(self, keep: Tensor) -> None:
+        raise AssertionError(f"rows other than {keep} ended early")
 
 
 def _ids(text: str) -> tuple[int, ...]:

@@ -64,7 +64,7 @@ class LoraHub:
     Args:
         database: a SQLite file, ":memory:", or an SQLAlchemy URL. An empty one gets its tables; one of another version
             is refused.
-        index: folder of the vector index, or "http://host:port" of a Chroma server; None is a place beside the database.
+        index: folder of the vector index, or "http://host:port" of a Chroma server; None is beside the database.
         encoder: a folder, a Hub id, the embedded "all-minilm-l6-v2", or any object of the ``Encoder`` protocol.
         instruction: put in front of every text that is embedded (paper section 4.1); part of the fingerprint.
         endpoint: a Hub other than https://huggingface.co.

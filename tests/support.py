@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_hub_sdk.registry.admission import admit
 from lora_hub_sdk.engine.shapes import module_shapes
+from lora_hub_sdk.registry.admission import admit
 from lora_hub_sdk.testing import raw_factors
-from lora_hub_sdk.types import Adapter, Member, Route
-
+from lora_hub_sdk.types import Adapter, Averaged, Member, Route
 
 # Reading a file again for each of 210 modules would be most of the tests' time.
 _shapes = functools.cache(module_shapes)
@@ -60,7 +58,7 @@ def bare_adapter(name: str, digest: str | None = None) -> Adapter:
 
 def route_of(strategy: str, *members: tuple[Adapter, float]) -> Route:
     """A route with given weights."""
-    averaged = "parameters" if strategy == "fusion" else "outputs"
+    averaged: Averaged = "parameters" if strategy == "fusion" else "outputs"
     return Route(strategy, averaged, tuple(Member(adapter, weight) for adapter, weight in members))
 
 

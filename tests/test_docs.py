@@ -39,9 +39,7 @@ def environment() -> Iterator[dict[str, str]]:
 
 def run(command: list[str], environment: dict[str, str], folder: Path, page: Path) -> None:
     settings = {**environment, "HF_HUB_CACHE": str(folder / "hf")}
-    done = subprocess.run(
-        command, env=settings, cwd=folder, capture_output=True, text=True, check=False, timeout=400
-    )
+    done = subprocess.run(command, env=settings, cwd=folder, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, f"{page.name}: {command}\n{done.stdout}\n{done.stderr}"
 
 

@@ -1,4 +1,4 @@
-"""LoraHub through a loopback Hub with the real client: the way from a repository to an answer, and every way it can fail."""
+"""LoraHub through a loopback Hub with the real client: from a repository to an answer, and every way it can fail."""
 
 from __future__ import annotations
 
@@ -106,9 +106,7 @@ def test_an_owner_can_keep_the_samples_and_give_a_vector(hub: LoraHub, base: Pat
 
 
 @pytest.mark.parametrize("embedding", [[1.0, 2.0], [0.0] * 384, [float("nan")] * 384, "text", [[1.0] * 384]])
-def test_vectors_that_cannot_be_searched_are_refused(
-    hub: LoraHub, base: Path, tmp_path: Path, embedding: Any
-) -> None:
+def test_vectors_that_cannot_be_searched_are_refused(hub: LoraHub, base: Path, tmp_path: Path, embedding: Any) -> None:
     with pytest.raises(errors.SamplesError):
         hub.register(tiny_adapter(tmp_path / "mine", base), embedding=embedding)
     assert hub.list() == []
@@ -225,9 +223,7 @@ def test_samples_and_a_vector_at_once_are_refused(hub: LoraHub, base: Path, tmp_
 def test_threads_registering_the_same_end_with_one(hub: LoraHub, base: Path, tmp_path: Path) -> None:
     folder = tiny_adapter(tmp_path / "lora", base)
     found: list[object] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(hub.register(folder, samples=FRENCH))) for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: found.append(hub.register(folder, samples=FRENCH))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -274,9 +270,7 @@ def test_an_empty_hub_finds_nothing(hub: LoraHub) -> None:
     assert hub.search("anything") == []
 
 
-def test_another_encoder_asks_for_reindexing(
-    pool: LoraHub, open_hub: Callable[..., LoraHub]
-) -> None:
+def test_another_encoder_asks_for_reindexing(pool: LoraHub, open_hub: Callable[..., LoraHub]) -> None:
     pool.close()
     plain = SentenceEncoder(resolve_model("all-minilm-l6-v2"), instruction="")
     other = open_hub(encoder=plain)
@@ -308,7 +302,7 @@ def test_an_empty_registry_is_no_excuse_for_the_base_model(hub: LoraHub, base: P
     with pytest.raises(errors.NoAdaptersError, match="register some"):
         hub.generate(["x"], base_model=base)
     (completion,) = hub.generate(["x"], base_model=base, routing=Routing("base"), sampling=Sampling(2))
-    assert completion.trace.route.as_dict() == {"strategy": "base", "adapters": []}
+    assert completion.trace.route.as_dict()["adapters"] == []
 
 
 def test_adapters_of_another_base_are_never_used(pool: LoraHub, tmp_path: Path) -> None:

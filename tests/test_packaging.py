@@ -37,7 +37,7 @@ def build(kind: str, source: Path, target: Path) -> Path:
 
 
 def smoke(wheel: Path, folder: Path) -> str:
-    """Unpack a wheel as an installer would, and run it outside the repository with nothing of the repository in reach."""
+    """Unpack a wheel as an installer would, and run it outside the repository."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "site")
     code = f"import sys; sys.path.insert(0, {str(folder / 'site')!r})\n" + SMOKE

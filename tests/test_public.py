@@ -68,7 +68,9 @@ def test_a_missing_extra_names_the_command(tmp_path: Path) -> None:
 
 
 def test_every_error_is_in_the_tree_and_in_its_drawing() -> None:
-    classes = {name: value for name, value in vars(errors).items() if getattr(value, "__module__", "") == errors.__name__}
+    classes = {
+        name: value for name, value in vars(errors).items() if getattr(value, "__module__", "") == errors.__name__
+    }
     assert all(issubclass(value, errors.LoraHubError) for value in classes.values())
     drawn = re.findall(r"[├└]── (\w+)", errors.__doc__ or "")
     assert {*drawn, "LoraHubError"} == set(classes)

@@ -18,7 +18,10 @@ _FACTOR: Final = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """The delta s B A of one linear module: ``a`` (r, d_in), ``b`` (d_out, r), ``scale`` s."""
+    """The delta s B A of one linear module: ``a`` (r, d_in), ``b`` (d_out, r), ``scale`` s.
+
+    Composition takes b by its columns, so it is quickest where their memory is contiguous.
+    """
 
     a: Tensor
     b: Tensor

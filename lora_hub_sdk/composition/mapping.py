@@ -29,17 +29,6 @@ def build_plan(routes: Sequence[Route]) -> Plan:
     return Plan(tuple(adapters), tuple(matrix), tuple(route.averaged for route in routes))
 
 
-def distinct_rows(plan: Plan) -> tuple[list[int], list[int]]:
-    """Rows of the plan that compose differently, and for each row of the batch its place among them.
-
-    Prompts with one route share one composition, so it is built once.
-    """
-    seen: dict[tuple[tuple[float, ...], str], int] = {}
-    firsts: list[int] = []
-    places: list[int] = []
-    for row, key in enumerate(zip(plan.matrix, plan.averaged, strict=True)):
-        if key not in seen:
-            seen[key] = len(firsts)
-            firsts.append(row)
-        places.append(seen[key])
-    return firsts, places
+def is_shared(plan: Plan) -> bool:
+    """Whether all rows compose alike, so that one composition serves the whole batch."""
+    return len(set(zip(plan.matrix, plan.averaged, strict=True))) == 1

@@ -24,21 +24,19 @@ def stack_padded(adapters: Sequence[LoraFactors]) -> tuple[Tensor, Tensor]:
     return torch.stack(a), torch.stack(b)
 
 
-def mixture_einsum(x: Tensor, adapters: Sequence[LoraFactors], matrix: Tensor) -> Tensor:
-    """Average of outputs (paper eq. 5 over a batch): x (b, l, d_in), matrix (b, p) -> (b, l, d_out)."""
+def mixture_einsum(x: Tensor, a: Tensor, b: Tensor, matrix: Tensor) -> Tensor:
+    """Average of outputs over a batch (paper section 4.3): x (b, l, d_in), matrix (b, p) -> (b, l, d_out)."""
     import torch
 
-    a, b = stack_padded(adapters)
     each = torch.einsum("bld,prd->blpr", x, a)
     each = torch.einsum("blpr,por->blpo", each, b)
     return torch.einsum("bp,blpo->blo", matrix, each)
 
 
-def fusion_einsum(x: Tensor, adapters: Sequence[LoraFactors], matrix: Tensor) -> Tensor:
+def fusion_einsum(x: Tensor, a: Tensor, b: Tensor, matrix: Tensor) -> Tensor:
     """Average of parameters (paper eq. 4 over a batch): the product of the means, cross terms kept."""
     import torch
 
-    a, b = stack_padded(adapters)
     mean_a = torch.einsum("bp,prd->brd", matrix, a)
     mean_b = torch.einsum("bp,por->bor", matrix, b)
     return torch.einsum("blr,bor->blo", torch.einsum("bld,brd->blr", x, mean_a), mean_b)

@@ -38,7 +38,7 @@ STRATEGIES: Final[Mapping[str, Strategy]] = {
         Strategy("base", "outputs", limit=0),
         # The nearest adapter (paper section 4.2, "selection").
         Strategy("selection", "outputs", limit=1),
-        # The mean of the adapters' outputs (paper eq. 5).
+        # The mean of the adapters' outputs (paper section 4.2).
         Strategy("mixture", "outputs"),
         # The mean of the adapters' A and of their B (paper eq. 4), cross terms and all.
         Strategy("fusion", "parameters"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from lora_hub_sdk.engine.base_model import BaseModel
 from lora_hub_sdk.engine.sampling import TokenSampler, find_stop, safe_length
@@ -84,18 +84,28 @@ class Row:
         return str(self._base.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
+class Layers(Protocol):
+    """Whatever adds something of its own to each row; see ``LoraLayers``."""
+
+    def start_decoding(self) -> None:
+        """From here on every row is one token long."""
+
+    def narrow(self, keep: Tensor) -> None:
+        """Only the rows at these indices go on."""
+
+
 def decode(
     base: BaseModel,
     prompts: Sequence[Sequence[int]],
     rows: Sequence[Row],
     *,
-    narrow: Callable[[Tensor], None],
+    layers: Layers,
 ) -> None:
     """Run all rows to their end, which each of them then holds in ``done``.
 
     Args:
         prompts: token ids, of any lengths of 1 or more.
-        narrow: told the indices of the rows that stay, whenever ended rows are taken out of the batch.
+        layers: told when decoding starts, and the indices of the rows that stay whenever others are taken out.
     """
     import torch
 
@@ -103,6 +113,7 @@ def decode(
         state = RunningBatch(base, prompts, max(row._sampling.max_new_tokens for row in rows))
         alive = list(rows)
         logits = state.prefill()
+        layers.start_decoding()
         while True:
             # One transfer for all rows; a row that samples looks at its logits itself.
             greedy = logits.argmax(-1).tolist()
@@ -115,7 +126,7 @@ def decode(
             if len(alive) - len(keep) >= _COMPACT_AT * len(alive):
                 index = torch.tensor(keep, device=base.device)
                 state.keep(index)
-                narrow(index)
+                layers.narrow(index)
                 alive, tokens = [alive[place] for place in keep], [tokens[place] for place in keep]
             logits = state.step(tokens)
 

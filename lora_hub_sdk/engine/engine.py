@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from lora_hub_sdk.composition.compose import ComposedBatch, compose
 from lora_hub_sdk.composition.mapping import build_plan
@@ -18,9 +18,6 @@ from lora_hub_sdk.engine.prompt import EncodedPrompt, Overflow, PromptEncoder, T
 from lora_hub_sdk.engine.sampling import check_sampling
 from lora_hub_sdk.errors import ConfigurationError, EngineClosedError, RegistryError
 from lora_hub_sdk.types import Completion, Route, Sampling, Trace, Usage
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _CACHE_BYTES: Final = 1 << 30
 
@@ -158,15 +155,9 @@ class Engine:
         rows = [
             Row(request.sampling, self.base, _for_row(on_text, start + place)) for place, request in enumerate(requests)
         ]
-
-        def narrow(keep: Tensor) -> None:
-            nonlocal composed
-            composed = composed.select(keep)
-            self._layers.narrow(composed)
-
         self.batches += 1
         with self._layers.apply(composed):
-            decode(self.base, [prompt.ids for prompt in prompts], rows, narrow=narrow)
+            decode(self.base, [prompt.ids for prompt in prompts], rows, layers=self._layers)
         return [
             self._completion(request, prompt, row, len(requests))
             for request, prompt, row in zip(requests, prompts, rows, strict=True)

@@ -22,35 +22,43 @@ class LoraLayers:
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = modules
-        self._active: Mapping[str, RowLora] = {}
+        self._active = ComposedBatch({})
 
     @contextmanager
     def apply(self, batch: ComposedBatch) -> Iterator[None]:
-        """Within the block every forward pass has ``batch.rows`` rows, each with its own composition."""
-        self._active = batch.modules
+        """Within the block every forward pass has the rows of ``batch``, each with its own composition."""
+        self._active = batch
         with ExitStack() as undo:
-            undo.callback(self.narrow, ComposedBatch(0, {}))
+            undo.callback(setattr, self, "_active", ComposedBatch({}))
             for path in batch.modules:
                 undo.callback(self._modules[path].register_forward_hook(self._hook(path)).remove)
             yield
 
-    def narrow(self, batch: ComposedBatch) -> None:
-        """Go on with fewer rows inside the block: the same modules, some rows gone."""
-        self._active = batch.modules
+    def start_decoding(self) -> None:
+        """From here on every row is one token long."""
+        self._active = self._active.for_decoding()
+
+    def narrow(self, keep: Tensor) -> None:
+        """Go on with only the rows at the indices ``keep``."""
+        self._active = self._active.select(keep)
 
     def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def add_delta(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            return with_delta(inputs[0], output, self._active[path])
+            return add_delta_(output, inputs[0], self._active.modules[path])
 
         return add_delta
 
 
-def with_delta(x: Tensor, output: Tensor, lora: RowLora) -> Tensor:
-    """output + (x A^T) B^T row by row: x (b, l, d_in), output (b, l, d_out) -> (b, l, d_out)."""
+def add_delta_(output: Tensor, x: Tensor, lora: RowLora) -> Tensor:
+    """output += (x A^T) B^T row by row, in place: x (b, l, d_in), output (b, l, d_out)."""
     import torch
     from torch.nn.functional import linear
 
+    x = x.to(lora.a.dtype)
     if lora.a.shape[0] == 1:
-        return output + linear(linear(x.to(lora.a.dtype), lora.a[0]), lora.b[0]).to(output.dtype)
-    hidden = torch.bmm(x.to(lora.a.dtype), lora.a.transpose(1, 2))
-    return torch.baddbmm(output, hidden.to(output.dtype), lora.b.transpose(1, 2).to(output.dtype))
+        return output.add_(linear(linear(x, lora.a[0]), lora.b[0]))
+    hidden = torch.bmm(x, lora.a.transpose(1, 2))
+    columns = lora.b.transpose(1, 2)
+    if output.dtype == columns.dtype:
+        return output.baddbmm_(hidden, columns)
+    return output.add_(torch.bmm(hidden, columns))

@@ -85,8 +85,9 @@ def tiny_adapter(
     random = torch.Generator().manual_seed(seed)
 
     def draw(*size: int) -> Tensor:
-        values = torch.randn(*size, generator=random) / size[1] ** 0.5
-        return values.to(getattr(torch, dtype)).contiguous()
+        values: Tensor = torch.randn(*size, generator=random) / size[1] ** 0.5
+        wanted: torch.dtype = getattr(torch, dtype)
+        return values.to(wanted).contiguous()
 
     tensors = {}
     for path, (out_features, in_features) in module_shapes(base).items():

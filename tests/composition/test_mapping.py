@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_hub_sdk.composition.mapping import build_plan, distinct_rows
+from lora_hub_sdk.composition.mapping import build_plan, is_shared
 from lora_hub_sdk.types import Member, Route
 from tests.support import bare_adapter, route_of
 
@@ -14,11 +14,15 @@ POOL = [bare_adapter(f"lora{place}") for place in range(6)]
 def routes() -> st.SearchStrategy[list[Route]]:
     member = st.builds(Member, st.sampled_from(POOL), st.floats(0.0, 1.0))
     members = st.lists(member, max_size=4, unique_by=lambda member: member.adapter.digest).map(tuple)
-    return st.lists(st.builds(Route, st.just("mixture"), st.sampled_from(["outputs", "parameters"]), members), max_size=8)
+    return st.lists(
+        st.builds(Route, st.just("mixture"), st.sampled_from(["outputs", "parameters"]), members), max_size=8
+    )
 
 
 def test_matrix_has_a_row_for_each_prompt_and_a_column_for_each_adapter() -> None:
-    plan = build_plan([route_of("mixture", (A, 0.5), (B, 0.5)), route_of("selection", (C, 1.0)), route_of("fusion", (B, 1.0))])
+    plan = build_plan(
+        [route_of("mixture", (A, 0.5), (B, 0.5)), route_of("selection", (C, 1.0)), route_of("fusion", (B, 1.0))]
+    )
     assert plan.adapters == (A, B, C)
     assert plan.matrix == ((0.5, 0.5, 0.0), (0.0, 0.0, 1.0), (0.0, 1.0, 0.0))
     assert plan.averaged == ("outputs", "outputs", "parameters")
@@ -53,10 +57,9 @@ def test_every_weight_arrives_in_its_own_cell(batch: list[Route]) -> None:
         }
 
 
-@given(routes())
-def test_distinct_rows_rebuild_the_batch(batch: list[Route]) -> None:
-    plan = build_plan(batch)
-    firsts, places = distinct_rows(plan)
-    rows = list(zip(plan.matrix, plan.averaged, strict=True))
-    assert [rows[firsts[place]] for place in places] == rows
-    assert len({rows[first] for first in firsts}) == len(firsts)
+def test_a_batch_is_shared_when_all_rows_compose_alike() -> None:
+    half = route_of("mixture", (A, 0.5), (B, 0.5))
+    assert is_shared(build_plan([half, half]))
+    assert is_shared(build_plan([route_of("base")]))
+    assert not is_shared(build_plan([half, route_of("fusion", (A, 0.5), (B, 0.5))]))
+    assert not is_shared(build_plan([half, route_of("mixture", (A, 0.5), (C, 0.5))]))

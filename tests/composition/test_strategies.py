@@ -30,7 +30,7 @@ def test_base_routes_to_no_adapter() -> None:
 
 
 def test_no_hits_leave_the_base_model() -> None:
-    assert route_from_hits(get_strategy("mixture"), []).as_dict() == {"strategy": "mixture", "adapters": []}
+    assert route_from_hits(get_strategy("mixture"), []).as_dict()["adapters"] == []
 
 
 def test_similarity_weights_are_a_softmax_at_temperature_a_fifth() -> None:

@@ -64,7 +64,9 @@ def requests(adapters: list[Adapter], sampling: Sampling) -> list[Request]:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(12), Sampling(12, temperature=0.8, top_p=0.9, seed=7)])
-def test_permuting_the_prompts_permutes_the_answers(engine: Engine, adapters: list[Adapter], sampling: Sampling) -> None:
+def test_permuting_the_prompts_permutes_the_answers(
+    engine: Engine, adapters: list[Adapter], sampling: Sampling
+) -> None:
     asked = requests(adapters, sampling)
     straight = engine.generate(asked)
     order = [4, 2, 5, 0, 3, 1]
@@ -186,7 +188,10 @@ def test_a_prompt_over_the_context_is_cut_or_refused(tmp_path: Path) -> None:
     assert cut.trace.truncated_tokens == len(long) - 24
     with pytest.raises(PromptTooLongError, match="prompt 1 of the batch has 108 tokens"):
         engine.generate(
-            [Request("ok", route_of("base"), Sampling(8)), Request(long, route_of("base"), Sampling(8), overflow="refuse")]
+            [
+                Request("ok", route_of("base"), Sampling(8)),
+                Request(long, route_of("base"), Sampling(8), overflow="refuse"),
+            ]
         )
     with pytest.raises(ConfigurationError, match="leaves no room"):
         engine.generate([Request("ok", route_of("base"), Sampling(32))])

@@ -1,4 +1,4 @@
-"""A batch gives each row what it would get alone: against dense deltas, against PEFT, against transformers' generate."""
+"""A batch gives each row what it would get alone: against dense deltas, PEFT, and transformers' generate."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ def batches(draw: st.DrawFn) -> list[tuple[str, str, list[tuple[int, float]]]]:
 
 def check_rows(bench: Bench, rows: list[tuple[str, str, list[tuple[int, float]]]], tokens: int) -> None:
     prompts = [prompt for prompt, _, _ in rows]
-    routes = [route_of(strategy, *((bench.adapters[at], share) for at, share in members)) for _, strategy, members in rows]
+    routes = [
+        route_of(strategy, *((bench.adapters[at], share) for at, share in members)) for _, strategy, members in rows
+    ]
     logits = bench.batch_logits(prompts, routes)
     for row, (prompt, route) in enumerate(zip(prompts, routes, strict=True)):
         assert relative_error(logits[row], bench.dense.logits(route, bench.ids(prompt))) < TOLERANCE
@@ -119,11 +121,11 @@ def test_tiny_batches_equal_dense_deltas_and_rows_alone(bench: Bench, rows: Any)
 
 def random_rows(seed_: int) -> list[tuple[str, str, list[tuple[int, float]]]]:
     draw = random.Random(seed_)
-    words = "the a cat river translate number French sentiment of is 42 please movie short answer".split()
+    words = "the a cat river translate number French sentiment of is 42 please movie short answer"
     rows = []
     for _ in range(draw.randint(2, 5)):
         members = [(at, draw.uniform(0.05, 0.5)) for at in draw.sample(range(len(POOL)), draw.randint(1, 4))]
-        prompt = " ".join(draw.choices(words, k=draw.randint(1, 40)))
+        prompt = " ".join(draw.choices(words.split(), k=draw.randint(1, 40)))
         rows.append((prompt, draw.choice(["mixture", "fusion"]), members))
     return rows
 

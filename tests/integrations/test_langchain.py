@@ -11,8 +11,8 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
-
 from langchain_lora_hub import LoraRetrieverLLM
+
 from lora_hub_sdk.errors import ConfigurationError, EmptyPromptError, NoAdaptersError, UnknownStrategyError
 from lora_hub_sdk.hub import LoraHub
 from lora_hub_sdk.testing import tiny_adapter
@@ -22,7 +22,7 @@ TASKS = {
     "maths": ["What is 12 + 30?", "Add 4 and 9."],
     "poems": ["Write a poem about the sea", "Compose a short rhyme"],
 }
-PROMPTS = [f"{text} ({place})" for place in range(6) for texts in TASKS.values() for text in texts][:16]
+PROMPTS: list[Any] = [f"{text} ({place})" for place in range(6) for texts in TASKS.values() for text in texts][:16]
 
 
 @pytest.fixture
@@ -109,13 +109,15 @@ def test_streaming_gives_the_same_text_and_the_route_at_its_end(llm: LoraRetriev
 def test_stop_seed_and_temperature(llm: LoraRetrieverLLM) -> None:
     text = llm.invoke("Add 3 and 4", max_new_tokens=20)
     assert llm.invoke("Add 3 and 4", max_new_tokens=20, stop=[text[3:5]]) == text[: text.index(text[3:5])]
-    warm = {"temperature": 1.5, "max_new_tokens": 20}
+    warm: dict[str, Any] = {"temperature": 1.5, "max_new_tokens": 20}
     assert llm.invoke("Add 3 and 4", seed=1, **warm) == llm.invoke("Add 3 and 4", seed=1, **warm)
     assert llm.invoke("Add 3 and 4", seed=1, **warm) != llm.invoke("Add 3 and 4", seed=2, **warm)
 
 
 def test_the_cache_is_never_stale(pool: LoraHub, base: Path, tmp_path: Path) -> None:
-    llm = LoraRetrieverLLM(hub=pool, base_model=str(base), max_new_tokens=4, cache=InMemoryCache(), strategy="selection")
+    llm = LoraRetrieverLLM(
+        hub=pool, base_model=str(base), max_new_tokens=4, cache=InMemoryCache(), strategy="selection"
+    )
     engine = pool.engine(base)
     llm.invoke("Add 3 and 4")
     llm.invoke("Add 3 and 4")

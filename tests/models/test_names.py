@@ -7,7 +7,9 @@ import pytest
 from lora_hub_sdk.models import canonical_name, embedded
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"])
+@pytest.mark.parametrize(
+    "name", ["smollm2-135m-instruct", "SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"]
+)
 def test_short_name_and_hub_id_are_one_model(name: str) -> None:
     assert canonical_name(name) == "HuggingFaceTB/SmolLM2-135M-Instruct"
 

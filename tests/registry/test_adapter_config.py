@@ -43,7 +43,10 @@ def test_patterns_hold_for_the_end_of_a_path_and_the_first_match_wins() -> None:
 def test_ranks_and_scales_equal_pefts(module: str) -> None:
     from peft.utils.other import get_pattern_key
 
-    raw = {"rank_pattern": {r"layers\.1\.q_proj": 2, "k_proj": 3}, "alpha_pattern": {"q_proj": 5, "^model.layers.1.k_proj": 7}}
+    raw = {
+        "rank_pattern": {r"layers\.1\.q_proj": 2, "k_proj": 3},
+        "alpha_pattern": {"q_proj": 5, "^model.layers.1.k_proj": 7},
+    }
     config = parse(**raw, use_rslora=True)
     rank = raw["rank_pattern"].get(get_pattern_key(list(raw["rank_pattern"]), module), 8)
     alpha = raw["alpha_pattern"].get(get_pattern_key(list(raw["alpha_pattern"]), module), 16)
@@ -52,7 +55,7 @@ def test_ranks_and_scales_equal_pefts(module: str) -> None:
 
 
 def test_what_peft_writes_by_default_is_accepted(tmp_path: Path) -> None:
-    LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(tmp_path)
+    LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(str(tmp_path))
     assert read_adapter_config(tmp_path, "mine").r == 4
 
 

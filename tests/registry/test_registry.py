@@ -22,7 +22,7 @@ ENCODER = "e" * 64
 
 def unit(*values: float) -> Vector:
     vector = np.array(values, dtype=np.float32)
-    return vector / np.linalg.norm(vector)  # type: ignore[no-any-return]
+    return vector / np.linalg.norm(vector)
 
 
 def entry(name: str, vector: Vector, **changes: Any) -> Registration:
