@@ -15,13 +15,12 @@ from lora_hub_sdk.errors import (
     ConfigurationError,
     EngineClosedError,
     InvalidConfigError,
-    NameTakenError,
     NoAdaptersError,
     SamplesError,
 )
 from lora_hub_sdk.models import canonical_name, resolve_model
 from lora_hub_sdk.registry.adapter_config import AdapterConfig, read_adapter_config
-from lora_hub_sdk.registry.admission import Admitted, ModuleShapes, admit, check_base_model
+from lora_hub_sdk.registry.admission import ModuleShapes, admit, check_base_model
 from lora_hub_sdk.registry.registry import Registry, Verification
 from lora_hub_sdk.registry.source import HubSource
 from lora_hub_sdk.registry.store import Registration, Vector
@@ -147,8 +146,14 @@ class LoraHub:
             pickle_files=pulled.pickle_files,
         )
         name = name or (pulled.folder.name if pulled.is_local else pulled.repo_id)
-        if samples is None and embedding is None:
-            return self._known(name, namespace, admitted, label)
+        if embedding is None:
+            known = self._registry.find_same(name, namespace, admitted.digest, None if samples is None else texts)
+            if known is not None:
+                return known
+            if samples is None:
+                raise SamplesError(
+                    label, "it is not registered yet and came without samples; give samples=[...] or embedding=..."
+                )
         return self._registry.add(
             Registration(
                 name=name,
@@ -418,21 +423,6 @@ class LoraHub:
         if embedding is not None:
             return given_vector(embedding, self.encoder, label)
         return embed_samples(self.encoder, texts, label)
-
-    def _known(self, name: str, namespace: str, admitted: Admitted, label: str) -> Adapter:
-        """What is registered under the name, if it is this content; without samples nothing new can be registered."""
-        known = self._registry.find(name, namespace)
-        if known is None:
-            raise SamplesError(
-                label,
-                "it is not registered yet and came without samples; give samples=[...] or embedding=...",
-            )
-        if known.digest != admitted.digest:
-            raise NameTakenError(
-                f"{name!r} is registered with content {known.digest[:12]}, {label} now holds {admitted.digest[:12]}; "
-                "remove it first, or give the new one another name"
-            )
-        return known
 
     def _pinned(self, strategy: Strategy, routing: Routing, base: str) -> Route:
         adapters = [self.get(name, namespace=routing.namespace) for name in routing.adapters or ()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_hub_sdk.errors import ConfigurationError
@@ -34,7 +33,14 @@ def require_database(database: str) -> None:
     Raises:
         ConfigurationError: names the file and how one comes to be.
     """
-    file = _sqlite_file(database)
+    from sqlalchemy.exc import ArgumentError
+
+    from lora_hub_sdk.registry.schema import database_url, sqlite_file
+
+    try:
+        file = sqlite_file(database_url(database))
+    except ArgumentError:
+        return  # opening it says what is wrong
     if file is not None and not file.is_file():
         raise ConfigurationError(
             f"database {database!r} does not exist; name another with --database, or register an adapter to create it"
@@ -48,33 +54,12 @@ def quiet_libraries() -> None:
     """
     from transformers.utils import logging as transformers_logging
 
+    from lora_hub_sdk.models.names import SMOLLM2
+    from lora_hub_sdk.models.wheel import converted_folder
+
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     settings: Any = transformers_logging  # its functions carry no types
     settings.set_verbosity_error()
-    if _is_converted():
+    if converted_folder(SMOLLM2).is_dir():
         settings.disable_progress_bar()
-
-
-def _is_converted() -> bool:
-    from lora_hub_sdk.config import cache_home
-    from lora_hub_sdk.models.names import SMOLLM2
-
-    return any(folder.is_dir() for folder in (cache_home() / "models").glob(f"{SMOLLM2.name}-*-v[0-9]*"))
-
-
-def _sqlite_file(database: str) -> Path | None:
-    """The file behind a path or a SQLite URL; None for databases in memory and on servers."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    if database == ":memory:":
-        return None
-    if "://" not in database:
-        return Path(database)
-    try:
-        url = make_url(database)
-    except ArgumentError:
-        return None  # opening it says what is wrong
-    in_memory = url.database in (None, "", ":memory:")
-    return None if in_memory or url.get_backend_name() != "sqlite" else Path(str(url.database))

@@ -38,6 +38,11 @@ def folder_from_wheel(model: EmbeddedModel) -> Path | None:
     return _converted(model, weights) if model.form == "gguf" else _checked(model, weights).parent
 
 
+def converted_folder(model: EmbeddedModel) -> Path:
+    """Where the conversion of a GGUF model lies once it has been made."""
+    return cache_home() / "models" / f"{model.name}-{model.sha256[:12]}-v{_CONVERSION}"
+
+
 def _checked(model: EmbeddedModel, weights: Path) -> Path:
     """The weights file once its sha256 is known to be right; the verdict is kept by size and time of change."""
     state = weights.stat()
@@ -83,7 +88,7 @@ def _write_atomically(path: Path, text: str) -> None:
 def _converted(model: EmbeddedModel, weights: Path) -> Path:
     from filelock import FileLock
 
-    target = cache_home() / "models" / f"{model.name}-{model.sha256[:12]}-v{_CONVERSION}"
+    target = converted_folder(model)
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -9,18 +9,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 from sqlalchemy import Engine
 
 from lora_hub_sdk.config import cache_home
 from lora_hub_sdk.errors import EncoderMismatchError, NameTakenError
 from lora_hub_sdk.registry.index import ChromaIndex, IndexFilter, VectorIndex, adapter_id_of, key_of
-from lora_hub_sdk.registry.schema import ensure_schema, open_database
+from lora_hub_sdk.registry.schema import ensure_schema, open_database, sqlite_file
 from lora_hub_sdk.registry.store import Embedding, Registration, SqlStore, Vector
 from lora_hub_sdk.types import Adapter, Hit
 
 #: Fetched beyond k, so that equal scores at the edge are ordered by name and not by the index's chance.
 _TIE_MARGIN: Final = 16
 _SCORE_DIGITS: Final = 6
+#: A vector given again may have been normalised elsewhere.
+_VECTOR_TOLERANCE: Final = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,10 @@ class Registry:
         return ChromaIndex(self._place, f"hub-{self._store.registry_id[:12]}-{self._encoder[:24]}")
 
     @property
+    def _index_is_open(self) -> bool:
+        return "_index" in self.__dict__
+
+    @property
     def digest(self) -> str:
         """Changes whenever an answer of ``search`` may have changed."""
         return f"{self._store.digest()}:{self._encoder[:16]}"
@@ -91,9 +98,17 @@ class Registry:
                 f"with {self._encoder[:12]}"
             )
         with self._lock:
-            known = self._store.find(registration.name, registration.namespace)
+            by_samples = registration.origin == "samples"
+            known = self.find_same(
+                registration.name,
+                registration.namespace,
+                registration.admitted.digest,
+                registration.samples if by_samples else None,
+            )
             if known is not None:
-                return self._same_or_refused(known, registration)
+                if not by_samples:
+                    self._require_same_vector(known, registration.vector)
+                return known
             self._sync_index()
             self._in_step = False
             adapter = self._store.add(registration)
@@ -109,9 +124,26 @@ class Registry:
         """
         return self._store.get(name, namespace)
 
-    def find(self, name: str, namespace: str) -> Adapter | None:
-        """The adapter of that name, or None."""
-        return self._store.find(name, namespace)
+    def find_same(self, name: str, namespace: str, digest: str, samples: tuple[str, ...] | None) -> Adapter | None:
+        """The adapter of that name if it has this content and, where given, these samples; None where the name is free.
+
+        Raises:
+            NameTakenError: the name belongs to something else.
+        """
+        known = self._store.find(name, namespace)
+        if known is None:
+            return None
+        if known.digest != digest:
+            raise NameTakenError(
+                f"{name!r} is registered with content {known.digest[:12]} (revision {known.revision[:12]}), asked for "
+                f"was {digest[:12]}; remove it first, or give the new one another name"
+            )
+        if samples is not None and self._store.samples(known) != samples:
+            raise NameTakenError(
+                f"{name!r} is registered with {known.sample_count} other samples; remove it first, or give the new one "
+                "another name"
+            )
+        return known
 
     def adapters(self, namespace: str | None = None, base_model: str | None = None) -> list[Adapter]:
         """Adapters by name."""
@@ -129,12 +161,14 @@ class Registry:
         """
         with self._lock:
             adapter = self._store.get(name, namespace)
-            self._sync_index()
+            if not self._index_is_open:  # it follows before it is first used; until then no encoder is needed
+                self._store.remove(adapter)
+                return adapter
             keys = [key_of(embedding) for embedding in self._store.embeddings(self._encoder, adapter)]
-            self._in_step = False
+            in_step, self._in_step = self._in_step, False
             self._store.remove(adapter)
             self._index.delete(keys)
-            self._in_step = True
+            self._in_step = in_step
             return adapter
 
     def unembedded(self) -> list[Adapter]:
@@ -195,23 +229,16 @@ class Registry:
     def close(self) -> None:
         """Release the database and the index."""
         with self._lock:
-            if "_index" in self.__dict__:
+            if self._index_is_open:
                 self._index.close()
             self._store.close()
 
-    def _same_or_refused(self, known: Adapter, registration: Registration) -> Adapter:
-        found, asked = known.digest, registration.admitted.digest
-        if found != asked:
+    def _require_same_vector(self, known: Adapter, vector: Vector) -> None:
+        held = self._store.embeddings(self._encoder, known)
+        if not held or not np.allclose(held[0].vector, vector, atol=_VECTOR_TOLERANCE):
             raise NameTakenError(
-                f"{known.name!r} is registered with content {found[:12]} (revision {known.revision[:12]}), asked for "
-                f"was {asked[:12]}; remove it first, or give the new one another name"
+                f"{known.name!r} is registered with another vector; remove it first, or give the new one another name"
             )
-        if registration.origin == "samples" and self._store.samples(known) != registration.samples:
-            raise NameTakenError(
-                f"{known.name!r} is registered with {known.sample_count} other samples; remove it first, or give the "
-                "new one another name"
-            )
-        return known
 
     def _allowed(
         self, namespace: str, base_model: str | None, tags: Collection[str], exclude: Collection[str]
@@ -257,6 +284,5 @@ def _beside(engine: Engine, registry_id: str) -> Path | None:
     """The index's own place: beside a SQLite file, in memory with a database in memory, else in the user's cache."""
     if engine.dialect.name != "sqlite":
         return cache_home() / "index" / registry_id
-    if engine.url.database in (None, "", ":memory:"):
-        return None
-    return Path(f"{engine.url.database}.index")
+    file = sqlite_file(engine.url)
+    return None if file is None else file.with_name(f"{file.name}.index")

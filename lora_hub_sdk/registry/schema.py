@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError
 from sqlalchemy.pool import StaticPool
 
@@ -24,21 +24,36 @@ def open_database(database: str) -> Engine:
     Raises:
         ConfigurationError: a URL that SQLAlchemy does not understand.
     """
-    url = database if "://" in database else f"sqlite:///{'' if database == ':memory:' else database}"
     try:
-        parsed = make_url(url)
-        if parsed.get_backend_name() != "sqlite":
-            return create_engine(parsed, pool_pre_ping=True)
-        if parsed.database in (None, "", ":memory:"):
+        url = database_url(database)
+        if url.get_backend_name() != "sqlite":
+            return create_engine(url, pool_pre_ping=True)
+        file = sqlite_file(url)
+        if file is None:
             # One connection for all threads, since every new one would be an empty database of its own.
-            engine = create_engine(parsed, poolclass=StaticPool, connect_args={"check_same_thread": False})
+            engine = create_engine(url, poolclass=StaticPool, connect_args={"check_same_thread": False})
         else:
-            Path(parsed.database).expanduser().parent.mkdir(parents=True, exist_ok=True)
-            engine = create_engine(parsed)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            engine = create_engine(url)
     except (ArgumentError, ImportError) as error:
         raise ConfigurationError(f"database {database!r} cannot be opened: {error}") from error
     event.listen(engine, "connect", _set_pragmas)
     return engine
+
+
+def database_url(database: str) -> URL:
+    """The SQLAlchemy URL of a file path, ":memory:", or a URL."""
+    if "://" in database:
+        return make_url(database)
+    name = database if database == ":memory:" else str(Path(database).expanduser())
+    return URL.create("sqlite", database=name)
+
+
+def sqlite_file(url: URL) -> Path | None:
+    """The file behind a SQLite URL; None for databases in memory and on servers."""
+    if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):
+        return None
+    return Path(str(url.database))
 
 
 def _set_pragmas(connection: Any, _record: object) -> None:
@@ -83,8 +98,8 @@ def upgrade_schema(engine: Engine) -> str:
         found = _current(connection)
     if found is not None and found not in _known():
         _refuse(engine, found)
-    file = engine.url.database if engine.dialect.name == "sqlite" else None
-    if file in (None, "", ":memory:"):
+    file = sqlite_file(engine.url)
+    if file is None:
         _run(engine, config, command.upgrade)
     else:
         # Two processes that open a new file at once create it once.
@@ -156,6 +171,4 @@ def _refuse(engine: Engine, found: str) -> None:
 
 
 def _name(engine: Engine) -> str:
-    url = engine.url
-    file = url.database if url.get_backend_name() == "sqlite" else None
-    return file or url.render_as_string(hide_password=True)
+    return str(sqlite_file(engine.url) or engine.url.render_as_string(hide_password=True))
