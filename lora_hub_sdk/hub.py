@@ -149,7 +149,7 @@ class LoraHub:
         if embedding is None:
             known = self._registry.find_same(name, namespace, admitted.digest, None if samples is None else texts)
             if known is not None:
-                return known
+                return self._registry.keep_files(known, pulled.folder)
             if samples is None:
                 raise SamplesError(
                     label, "it is not registered yet and came without samples; give samples=[...] or embedding=..."

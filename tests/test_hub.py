@@ -342,6 +342,21 @@ def test_an_empty_prompt_is_refused_by_every_strategy(pool: LoraHub, base: Path,
         pool.generate(["fine", ""], base_model=base, routing=routing)
 
 
+def test_registering_again_finds_the_files_at_their_new_place(pool: LoraHub, base: Path, tmp_path: Path) -> None:
+    before = pool.get("maths")
+    shutil.move(tmp_path / "maths", tmp_path / "moved")
+    after = pool.register(tmp_path / "moved", name="maths")
+    assert (after.id, after.digest, after.folder) == (before.id, before.digest, tmp_path / "moved")
+    assert pool.get("maths") == after
+    assert pool.generate(["1 + 1"], base_model=base, routing=Routing("selection"), sampling=Sampling(2))
+
+
+def test_one_text_in_place_of_a_list_is_refused(pool: LoraHub, base: Path) -> None:
+    for ask in (pool.search_many, lambda text: pool.generate(text, base_model=base)):
+        with pytest.raises(errors.ConfigurationError, match="list of"):
+            ask("one text")
+
+
 def test_an_adapter_whose_files_are_gone_is_an_error_not_the_base_model(
     pool: LoraHub, base: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from langchain_core.callbacks import CallbackManagerForLLMRun
@@ -15,7 +16,7 @@ from lora_hub_sdk.engine.base_model import ModelSettings
 from lora_hub_sdk.engine.sampling import check_sampling
 from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.hub import LoraHub
-from lora_hub_sdk.models import canonical_name
+from lora_hub_sdk.models import canonical_name, weights_fingerprint
 from lora_hub_sdk.types import DEFAULT_NAMESPACE, Completion, Routing, Sampling
 
 _ROUTING: Final = (
@@ -92,7 +93,10 @@ class LoraRetrieverLLM(BaseLLM):
         fields = {name: getattr(self, name) for name in (*_ROUTING, *_SAMPLING, *_PROMPT, *_MODEL)}
         if callable(self.template):
             fields["template"] = f"{self.template.__module__}.{self.template.__qualname__}@{id(self.template)}"
-        return {"base_model": canonical_name(self.base_model), "registry": self.hub.digest, **fields}
+        base = canonical_name(self.base_model)
+        if Path(base).is_dir():  # a folder's name says nothing about what is in it
+            base = f"{base}@{weights_fingerprint(Path(base))}"
+        return {"base_model": base, "registry": self.hub.digest, **fields}
 
     def _generate(
         self,

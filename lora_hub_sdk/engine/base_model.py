@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
 from lora_hub_sdk.engine.shapes import linear_shapes
 from lora_hub_sdk.errors import ConfigurationError
-from lora_hub_sdk.models import ResolvedModel, weights_fingerprint
+from lora_hub_sdk.models import ResolvedModel
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,6 @@ class BaseModel:
     """A causal language model in evaluation mode, its tokenizer, and what decoding needs to know of both."""
 
     id: str
-    fingerprint: str
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
@@ -77,14 +76,13 @@ def load_base_model(resolved: ResolvedModel, settings: ModelSettings | None = No
     model = AutoModelForCausalLM.from_pretrained(
         resolved.folder,
         dtype=dtype,
-        quantization_config=_quantization(settings.quantization),
+        quantization_config=_quantization(settings.quantization, dtype),
         device_map=device,
     )
     model.requires_grad_(False)  # from_pretrained leaves it in evaluation mode
     eos_ids = _eos_ids(model, tokenizer)
     return BaseModel(
         id=resolved.id,
-        fingerprint=weights_fingerprint(resolved.folder),
         model=model,
         tokenizer=tokenizer,
         device=device,
@@ -110,7 +108,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _quantization(kind: Quantization | None) -> object | None:
+def _quantization(kind: Quantization | None, dtype: str) -> object | None:
     if kind is None:
         return None
     import torch
@@ -119,10 +117,8 @@ def _quantization(kind: Quantization | None) -> object | None:
     settings: Any = BitsAndBytesConfig
     if kind == "8bit":
         return cast("object", settings(load_in_8bit=True))
-    return cast(
-        "object",
-        settings(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
-    )
+    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    return cast("object", settings(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute))
 
 
 def _eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -14,6 +14,7 @@ from sqlalchemy import Engine
 
 from lora_hub_sdk.config import cache_home
 from lora_hub_sdk.errors import EncoderMismatchError, NameTakenError
+from lora_hub_sdk.registry.admission import WEIGHTS_FILE
 from lora_hub_sdk.registry.index import ChromaIndex, IndexFilter, VectorIndex, adapter_id_of, key_of
 from lora_hub_sdk.registry.schema import ensure_schema, open_database, sqlite_file
 from lora_hub_sdk.registry.store import Embedding, Registration, SqlStore, Vector
@@ -144,6 +145,12 @@ class Registry:
                 "another name"
             )
         return known
+
+    def keep_files(self, adapter: Adapter, folder: Path) -> Adapter:
+        """Point an adapter whose files are gone at another folder that was just found to have the same content."""
+        if (adapter.folder / WEIGHTS_FILE).is_file():
+            return adapter
+        return self._store.move(adapter, folder)
 
     def adapters(self, namespace: str | None = None, base_model: str | None = None) -> list[Adapter]:
         """Adapters by name."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Engine, Select, func, select
+from sqlalchemy import Engine, Select, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -117,6 +117,12 @@ class SqlStore:
         query = select(SampleRow.text).where(SampleRow.adapter_id == adapter.id).order_by(SampleRow.position)
         with Session(self._engine) as session:
             return tuple(session.scalars(query))
+
+    def move(self, adapter: Adapter, folder: Path) -> Adapter:
+        """Note another place of the same files."""
+        with Session(self._engine) as session, session.begin():
+            session.execute(update(AdapterRow).where(AdapterRow.id == adapter.id).values(folder=str(folder)))
+        return replace(adapter, folder=folder)
 
     def remove(self, adapter: Adapter) -> None:
         """Delete an adapter with its samples and vectors; nothing happens where it is gone already."""

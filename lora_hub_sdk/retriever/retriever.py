@@ -58,7 +58,10 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
     Raises:
         EmptyPromptError: names the first such prompt's place.
+        ConfigurationError: one text, whose letters would be taken for prompts.
     """
+    if isinstance(prompts, str):
+        raise ConfigurationError("prompts is one text, expected a list of them: [prompt]")
     for row, prompt in enumerate(prompts):
         if not prompt.strip():
             raise EmptyPromptError(row)
