@@ -9,13 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_hub_sdk.composition import get_strategy, route_from_hits
-from lora_hub_sdk.composition.strategies import Strategy, check_routing
+from lora_hub_sdk.composition.router import Router
 from lora_hub_sdk.errors import (
     ConfigurationError,
     EngineClosedError,
     InvalidConfigError,
-    NoAdaptersError,
     SamplesError,
 )
 from lora_hub_sdk.models import canonical_name, resolve_model
@@ -25,14 +23,13 @@ from lora_hub_sdk.registry.registry import Registry, Verification
 from lora_hub_sdk.registry.source import HubSource
 from lora_hub_sdk.registry.store import Registration, Vector
 from lora_hub_sdk.retriever.encoder import INSTRUCTION, Encoder, SentenceEncoder
-from lora_hub_sdk.retriever.retriever import Retriever, check_prompts, embed_samples, given_vector
+from lora_hub_sdk.retriever.retriever import Retriever, embed_samples, given_vector
 from lora_hub_sdk.retriever.samples import sample_texts
 from lora_hub_sdk.types import (
     DEFAULT_NAMESPACE,
     Adapter,
     Completion,
     Hit,
-    Member,
     Route,
     Routing,
     Sampling,
@@ -142,7 +139,6 @@ class LoraHub:
             pulled.folder,
             source=label,
             shapes=self._shapes_of(base),
-            config=config,
             pickle_files=pulled.pickle_files,
         )
         name = name or (pulled.folder.name if pulled.is_local else pulled.repo_id)
@@ -280,34 +276,8 @@ class LoraHub:
             AdapterNotFoundError: a pinned adapter is not registered.
             EmptyPromptError: a prompt without text.
         """
-        routing = routing or Routing()
-        check_routing(routing)
-        check_prompts(prompts)
-        strategy = get_strategy(routing.strategy)
-        if routing.adapters is not None:
-            return [self._pinned(strategy, routing, canonical_name(base_model))] * len(prompts)
-        if strategy.limit == 0:
-            return [route_from_hits(strategy, ())] * len(prompts)
         base = canonical_name(base_model)
-        found = self.search_many(
-            prompts,
-            routing.k,
-            base_model=base,
-            exclude=routing.exclude,
-            namespace=routing.namespace,
-            tags=routing.tags,
-        )
-        if not all(found):
-            raise NoAdaptersError(self._why_none(base, routing))
-        floor = -1.0 if routing.min_score is None else routing.min_score
-        return [
-            route_from_hits(
-                strategy,
-                [hit for hit in hits[: strategy.width(routing.k)] if hit.score >= floor],
-                routing.weights,
-            )
-            for hits in found
-        ]
+        return Router(self._registry, lambda: self.encoder).route(prompts, base, routing or Routing())
 
     # -- how text comes out -------------------------------------------------------------------------------------------
 
@@ -423,29 +393,6 @@ class LoraHub:
         if embedding is not None:
             return given_vector(embedding, self.encoder, label)
         return embed_samples(self.encoder, texts, label)
-
-    def _pinned(self, strategy: Strategy, routing: Routing, base: str) -> Route:
-        adapters = [self.get(name, namespace=routing.namespace) for name in routing.adapters or ()]
-        for adapter in adapters:
-            if adapter.base_model != base:
-                raise ConfigurationError(
-                    f"adapter {adapter.name!r} is for base {adapter.base_model!r}, base_model={base!r} was asked for"
-                )
-        members = tuple(Member(adapter, 1.0 / len(adapters)) for adapter in adapters)
-        return Route(strategy.name, strategy.averaged, members)
-
-    def _why_none(self, base: str, routing: Routing) -> str:
-        there = self.list(namespace=routing.namespace)
-        if not there:
-            return (
-                f"namespace {routing.namespace!r} holds no adapters; register some with "
-                "hub.register('user/lora-x', samples=[...]), or ask for strategy='base'"
-            )
-        bases = sorted({adapter.base_model for adapter in there})
-        return (
-            f"no adapter for base {base!r} is left by tags={list(routing.tags)!r}, exclude={list(routing.exclude)!r}; "
-            f"namespace {routing.namespace!r} holds {len(there)} adapters, for {', '.join(bases)}"
-        )
 
 
 def _base_of(config: AdapterConfig, asked: str | os.PathLike[str] | None, label: str) -> str:

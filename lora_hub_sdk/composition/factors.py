@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from lora_hub_sdk.registry.adapter_config import AdapterConfig
+from lora_hub_sdk.registry.admission import FACTOR_KEY
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_FACTOR: Final = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def factors_from_bytes(weights: bytes, config: AdapterConfig, digest: str) -> Ad
 
     sides: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load(weights).items():
-        match = _FACTOR.fullmatch(key)
+        match = FACTOR_KEY.fullmatch(key)
         assert match is not None, f"{key} passed admission"
         sides.setdefault(match["module"], {})[match["side"]] = tensor
     return AdapterFactors(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from lora_hub_sdk.composition.factors import AdapterFactors, factors_from_bytes
 from lora_hub_sdk.errors import AdapterChangedError, AdmissionError
-from lora_hub_sdk.registry.adapter_config import CONFIG_FILE, read_adapter_config
+from lora_hub_sdk.registry.adapter_config import adapter_config_from_bytes, read_config_bytes
 from lora_hub_sdk.registry.admission import content_digest, read_weights
 from lora_hub_sdk.types import Adapter
 
@@ -20,7 +20,7 @@ def load_factors(adapter: Adapter) -> AdapterFactors:
     """
     try:
         weights = read_weights(adapter.folder, source=adapter.name)
-        config_bytes = (adapter.folder / CONFIG_FILE).read_bytes()
+        config_bytes = read_config_bytes(adapter.folder, adapter.name)
     except (OSError, AdmissionError) as error:
         raise AdapterChangedError(
             f"the files of adapter {adapter.name!r} are gone from {adapter.folder} ({error}); register it again"
@@ -31,7 +31,7 @@ def load_factors(adapter: Adapter) -> AdapterFactors:
             f"adapter {adapter.name!r} was registered with digest {adapter.digest[:12]}, {adapter.folder} now holds "
             f"{found[:12]}; remove it and register it again"
         )
-    return factors_from_bytes(weights, read_adapter_config(adapter.folder, adapter.name), found)
+    return factors_from_bytes(weights, adapter_config_from_bytes(config_bytes, adapter.name), found)
 
 
 class AdapterCache:

@@ -70,7 +70,32 @@ def read_adapter_config(folder: Path, source: str) -> AdapterConfig:
         InvalidConfigError: it cannot be parsed, or a value makes no sense.
         UnsupportedFeatureError: a feature that cannot be served exactly yet, by name.
     """
-    return parse_adapter_config(_load(folder / CONFIG_FILE, source), source)
+    return adapter_config_from_bytes(read_config_bytes(folder, source), source)
+
+
+def read_config_bytes(folder: Path, source: str) -> bytes:
+    """The bytes of ``adapter_config.json``, for those who need its digest too.
+
+    Raises:
+        MissingConfigError, InvalidConfigError: there is none, or one of a size that no configuration has.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise MissingConfigError(source, f"there is no {CONFIG_FILE}; is it a PEFT adapter?")
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise InvalidConfigError(source, f"{CONFIG_FILE} is larger than {_MAX_CONFIG_BYTES} bytes")
+    return path.read_bytes()
+
+
+def adapter_config_from_bytes(content: bytes, source: str) -> AdapterConfig:
+    """As ``read_adapter_config``, from the file's content."""
+    try:
+        raw = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InvalidConfigError(source, f"{CONFIG_FILE} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise InvalidConfigError(source, f"{CONFIG_FILE} holds a {type(raw).__name__}, expected an object")
+    return parse_adapter_config(raw, source)
 
 
 def parse_adapter_config(raw: Mapping[str, Any], source: str) -> AdapterConfig:
@@ -93,20 +118,6 @@ def parse_adapter_config(raw: Mapping[str, Any], source: str) -> AdapterConfig:
             for key, value in _mapping(raw, "alpha_pattern", source).items()
         },
     )
-
-
-def _load(path: Path, source: str) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise MissingConfigError(source, f"there is no {CONFIG_FILE}; is it a PEFT adapter?")
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise InvalidConfigError(source, f"{CONFIG_FILE} is larger than {_MAX_CONFIG_BYTES} bytes")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InvalidConfigError(source, f"{CONFIG_FILE} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise InvalidConfigError(source, f"{CONFIG_FILE} holds a {type(raw).__name__}, expected an object")
-    return raw
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], source: str) -> None:

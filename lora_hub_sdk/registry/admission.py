@@ -26,11 +26,16 @@ from lora_hub_sdk.errors import (
     UnsafeWeightsError,
     UnsupportedFeatureError,
 )
-from lora_hub_sdk.registry.adapter_config import CONFIG_FILE, AdapterConfig, read_adapter_config
+from lora_hub_sdk.registry.adapter_config import (
+    CONFIG_FILE,
+    AdapterConfig,
+    adapter_config_from_bytes,
+    read_config_bytes,
+)
 
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 #: PEFT's name of a factor: ``base_model.model.<module path>.lora_A.weight``.
-_FACTOR: Final = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+FACTOR_KEY: Final = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _SPECIAL: Final = {
     "lora_embedding_A": "LoRA on an embedding",
     "lora_embedding_B": "LoRA on an embedding",
@@ -84,25 +89,25 @@ def admit(
     *,
     source: str,
     shapes: ModuleShapes,
-    config: AdapterConfig | None = None,
     pickle_files: tuple[str, ...] = (),
     limits: Limits | None = None,
 ) -> Admitted:
     """Check an adapter's files against its configuration and the base model's module shapes.
 
+    Digest and verdict come from the same bytes, read once.
+
     Args:
-        config: the configuration, where the caller has already read it to learn the base model.
         pickle_files: names of pickled weights seen beside, for a telling error.
 
     Raises:
         AdmissionError: the subclass names what is wrong; nothing was kept.
     """
     limits = limits or Limits()
-    config = config or read_adapter_config(folder, source)
+    config_bytes = read_config_bytes(folder, source)
+    config = adapter_config_from_bytes(config_bytes, source)
     weights = read_weights(folder, source=source, pickle_files=pickle_files, limits=limits)
-    modules = _check_tensors(_parse(weights, source), config, shapes, source, limits)
-    digest = content_digest((folder / CONFIG_FILE).read_bytes(), weights)
-    return Admitted(config, digest, modules, len(weights))
+    modules = _TensorCheck(config, shapes, source, limits).modules_of(_parse(weights, source))
+    return Admitted(config, content_digest(config_bytes, weights), modules, len(weights))
 
 
 def read_weights(
@@ -150,63 +155,55 @@ def _parse(weights: bytes, source: str) -> dict[str, dict[str, Any]]:
         raise DamagedWeightsError(source, f"{WEIGHTS_FILE} cannot be read: {error}") from error
 
 
-def _check_tensors(
-    tensors: Mapping[str, Mapping[str, Any]],
-    config: AdapterConfig,
-    shapes: ModuleShapes,
-    source: str,
-    limits: Limits,
-) -> tuple[str, ...]:
-    sides: dict[str, set[str]] = {}
-    unmatched: list[str] = []
-    for key in sorted(tensors):
-        match = _FACTOR.fullmatch(key)
-        if match is None:
-            _name_special(key, source)
-        if match is None or match["module"] not in shapes:
-            unmatched.append(key)
-            continue
-        sides.setdefault(match["module"], set()).add(match["side"])
-        _check_factor(key, tensors[key], match["module"], match["side"], config, shapes, source, limits)
-    if unmatched:
-        raise UnmatchedTensorsError(source, unmatched, "tensors that match no linear module of the base model")
-    if not sides:
-        raise UnmatchedTensorsError(source, ["(none)"], "the file holds no LoRA tensors")
-    halves = [module for module, found in sorted(sides.items()) if found != {"A", "B"}]
-    if halves:
-        raise UnmatchedTensorsError(source, halves, "modules with only one of lora_A and lora_B")
-    return tuple(sorted(sides))
+@dataclass(frozen=True, slots=True)
+class _TensorCheck:
+    """The rules that every tensor of one adapter must keep."""
 
+    config: AdapterConfig
+    shapes: ModuleShapes
+    source: str
+    limits: Limits
 
-def _name_special(key: str, source: str) -> None:
-    for part, feature in _SPECIAL.items():
-        if part in key:
-            raise UnsupportedFeatureError(source, feature, key)
+    def modules_of(self, tensors: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+        """The modules that the tensors belong to, sorted, if all of them are good."""
+        sides: dict[str, set[str]] = {}
+        unmatched: list[str] = []
+        for key in sorted(tensors):
+            self._name_special(key)
+            match = FACTOR_KEY.fullmatch(key)
+            if match is None or match["module"] not in self.shapes:
+                unmatched.append(key)
+                continue
+            sides.setdefault(match["module"], set()).add(match["side"])
+            self._check_factor(key, tensors[key], match["module"], match["side"])
+        if unmatched:
+            raise UnmatchedTensorsError(self.source, unmatched, "tensors that match no linear module of the base model")
+        if not sides:
+            raise UnmatchedTensorsError(self.source, ["(none)"], "the file holds no LoRA tensors")
+        halves = [module for module, found in sorted(sides.items()) if found != {"A", "B"}]
+        if halves:
+            raise UnmatchedTensorsError(self.source, halves, "modules with only one of lora_A and lora_B")
+        return tuple(sorted(sides))
 
+    def _name_special(self, key: str) -> None:
+        for part, feature in _SPECIAL.items():
+            if part in key:
+                raise UnsupportedFeatureError(self.source, feature, key)
 
-def _check_factor(
-    key: str,
-    tensor: Mapping[str, Any],
-    module: str,
-    side: str,
-    config: AdapterConfig,
-    shapes: ModuleShapes,
-    source: str,
-    limits: Limits,
-) -> None:
-    rank = config.rank(module)
-    if rank > limits.max_rank:
-        raise UnsupportedFeatureError(source, f"rank of {module}", rank)
-    out_features, in_features = shapes[module]
-    expected = [rank, in_features] if side == "A" else [out_features, rank]
-    if list(tensor["shape"]) != expected:
-        raise ShapeMismatchError(
-            source,
-            f"{key} has shape {list(tensor['shape'])}, expected {expected} "
-            f"(rank {rank} by its configuration, {in_features} -> {out_features} in the base model)",
-        )
-    if not _finite(tensor["dtype"], tensor["data"], key, source):
-        raise NonFiniteWeightsError(source, f"{key} holds NaN or infinity")
+    def _check_factor(self, key: str, tensor: Mapping[str, Any], module: str, side: str) -> None:
+        rank = self.config.rank(module)
+        if rank > self.limits.max_rank:
+            raise UnsupportedFeatureError(self.source, f"rank of {module}", rank)
+        out_features, in_features = self.shapes[module]
+        expected = [rank, in_features] if side == "A" else [out_features, rank]
+        if list(tensor["shape"]) != expected:
+            raise ShapeMismatchError(
+                self.source,
+                f"{key} has shape {list(tensor['shape'])}, expected {expected} "
+                f"(rank {rank} by its configuration, {in_features} -> {out_features} in the base model)",
+            )
+        if not _finite(tensor["dtype"], tensor["data"], key, self.source):
+            raise NonFiniteWeightsError(self.source, f"{key} holds NaN or infinity")
 
 
 def _finite(dtype: str, data: bytes, key: str, source: str) -> bool:
