@@ -67,7 +67,8 @@ class Engine:
             AdapterChangedError: an adapter's files are not what was registered.
             EngineClosedError: after ``close``.
         """
-        encoded = [self._encode(place, request) for place, request in enumerate(requests)]
+        with self._lock:  # tokenizers are not safe to share between threads
+            encoded = [self._encode(place, request) for place, request in enumerate(requests)]
         completions: list[Completion] = []
         for start in range(0, len(requests), self._max_batch_size):
             stop = start + self._max_batch_size

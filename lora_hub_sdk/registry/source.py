@@ -13,20 +13,22 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from lora_hub_sdk.errors import (
+    AdmissionError,
     ConfigurationError,
     DownloadError,
     RepoAccessError,
     RepoNotFoundError,
     SourceError,
+    UnsupportedFeatureError,
 )
 from lora_hub_sdk.registry._card import read_card
 from lora_hub_sdk.registry._hub_cache import HubCache, is_whole
+from lora_hub_sdk.registry.adapter_config import CONFIG_FILE
+from lora_hub_sdk.registry.admission import WEIGHTS_FILE, Limits
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-CONFIG: Final = "adapter_config.json"
-WEIGHTS: Final = "adapter_model.safetensors"
 CARD: Final = "README.md"
 
 _SHA = re.compile(r"[0-9a-f]{40}")
@@ -64,6 +66,7 @@ class HubSource:
         cache_dir: huggingface_hub's cache; None for its usual place.
         timeout: seconds that the Hub may stay silent when asked for a revision or for a file's metadata.
             Silence in the middle of a file is bounded by huggingface_hub's own HF_HUB_DOWNLOAD_TIMEOUT.
+        limits: weights larger than these are not downloaded at all.
 
     Raises:
         ConfigurationError: the token cannot be sent in a header.
@@ -76,6 +79,7 @@ class HubSource:
         token: str | None = None,
         cache_dir: Path | None = None,
         timeout: float = 10.0,
+        limits: Limits | None = None,
     ) -> None:
         # The HTTP library would quote such a token in its own message.
         if token is not None and not re.fullmatch(r"[!-~]+", token):
@@ -84,6 +88,7 @@ class HubSource:
         self._token = token
         self._cache = HubCache(cache_dir)
         self._timeout = timeout
+        self._limits = limits or Limits()
 
     def pull(self, reference: str | Path, revision: str | None = None) -> Pulled:
         """Put the configuration, the weights and the card of an adapter on disk.
@@ -102,6 +107,7 @@ class HubSource:
             RepoAccessError: private or gated, and the token does not open it. Without a token, the Hub gives
                 one answer for missing and for private repositories; that error is of both types.
             RevisionNotFoundError: the repository has no such revision.
+            UnsupportedFeatureError: the weights are larger than the limit.
             DownloadError: anything else that kept the files from being complete on disk.
         """
         text = str(reference)
@@ -116,14 +122,14 @@ class HubSource:
         if isinstance(reference, Path) or _LOOKS_LIKE_A_PATH.match(text):
             raise RepoNotFoundError(
                 f"{text!r} {'is a file' if os.path.exists(path) else 'does not exist'}; "
-                f"give a folder with {CONFIG}, or a repository id like 'owner/name'",
+                f"give a folder with {CONFIG_FILE}, or a repository id like 'owner/name'",
                 repo_id=text,
                 revision=revision,
             )
         # The one border to a client that raises the types of three libraries: whatever comes, leaves as ours.
         try:
             return self._pull_repo(text, revision)
-        except SourceError:
+        except (SourceError, AdmissionError):
             raise
         except Exception as error:
             from lora_hub_sdk.registry._source_errors import translate
@@ -144,8 +150,11 @@ class HubSource:
                 raise
             _log.warning("the Hub is unreachable; %s is the cached %s", repo_id, last_known.revision)
             return last_known
+        size = listing.get(WEIGHTS_FILE) or 0
+        if size > self._limits.max_bytes:
+            raise UnsupportedFeatureError(repo_id, "size in bytes", size)
         # Not snapshot_download: it lists the repository without a time limit; 2.x also hides why that failed.
-        for name in (CARD, CONFIG, WEIGHTS):
+        for name in (CARD, CONFIG_FILE, WEIGHTS_FILE):
             _retried(partial(self._download, repo_id, sha, name, listing), is_unretried_outage)
         self._cache.note_branch(repo_id, revision or "main", sha)
         folder = self._cache.snapshot(repo_id, sha)
@@ -206,8 +215,8 @@ class HubSource:
             )
 
     def _from_cache(self, repo_id: str, revision: str | None) -> Pulled | None:
-        folder = self._cache.find(repo_id, revision, needed=(WEIGHTS, CONFIG), asked=(CARD,))
-        return None if folder is None else _pulled(folder, repo_id, folder.name, names=(WEIGHTS,))
+        folder = self._cache.find(repo_id, revision, needed=(WEIGHTS_FILE, CONFIG_FILE), asked=(CARD,))
+        return None if folder is None else _pulled(folder, repo_id, folder.name, names=(WEIGHTS_FILE,))
 
 
 def _retried(call: Callable[[], _T], passes: Callable[[Exception], bool]) -> _T:
@@ -233,7 +242,7 @@ def _from_folder(folder: Path) -> Pulled:
 
 def _pulled(folder: Path, repo_id: str | None = None, revision: str = "", *, names: Iterable[str]) -> Pulled:
     names = frozenset(names)
-    pickles = [] if WEIGHTS in names else sorted(name for name in names if _PICKLED_WEIGHTS.fullmatch(name))
+    pickles = [] if WEIGHTS_FILE in names else sorted(name for name in names if _PICKLED_WEIGHTS.fullmatch(name))
     card = read_card(folder / CARD)
     return Pulled(
         repo_id=repo_id or str(folder),

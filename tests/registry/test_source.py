@@ -24,8 +24,10 @@ from lora_hub_sdk.errors import (
     RepoNotFoundError,
     RevisionNotFoundError,
     SourceError,
+    UnsupportedFeatureError,
 )
 from lora_hub_sdk.registry._source_errors import translate
+from lora_hub_sdk.registry.admission import Limits
 from lora_hub_sdk.registry.source import HubSource, Pulled
 from lora_hub_sdk.testing import LocalHub, _hub_http
 from lora_hub_sdk.testing._hub_store import Commit, Repo
@@ -353,6 +355,13 @@ def test_a_damaged_cache_is_mended(hub: LocalHub, source: HubSource, damage: byt
     assert (source.pull(REPO, pulled.revision).folder / WEIGHTS).read_bytes() == b"w" * 3000
     (pulled.folder / "adapter_config.json").resolve().write_bytes(b"")
     assert (source.pull(REPO, pulled.revision).folder / "adapter_config.json").stat().st_size > 0
+
+
+def test_weights_over_the_limit_are_not_downloaded(hub: LocalHub, tmp_path: Path) -> None:
+    source = HubSource(endpoint=hub.url, cache_dir=tmp_path / "cache", limits=Limits(max_bytes=10))
+    with pytest.raises(UnsupportedFeatureError, match="size in bytes"):
+        source.pull(REPO)
+    assert not [path for _, path in hub.requests if "/resolve/" in path]
 
 
 def test_a_silent_hub_is_given_up(hub: LocalHub, tmp_path: Path) -> None:
