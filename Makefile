@@ -17,6 +17,7 @@ setup: $(READY)  ## Create .venv with everything that development needs
 
 # torch goes first and pinned: otherwise another package pulls its newest build with gigabytes of CUDA.
 $(READY): pyproject.toml constraints.txt Makefile
+	@echo "Setting up $(VENV): some minutes and 2 GB the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'

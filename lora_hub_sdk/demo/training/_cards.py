@@ -38,7 +38,7 @@ prompts like its own, not a general solution of the task.
 |---|---|---|
 | {metric}, {held_out} held-out rows, greedy | {before} | {after} |
 
-The score wants the bare answer in the form that the adapter learned; the base model often says the right
+The score wants the bare answer in the form that the adapter learned; the base model may say the right
 thing in another form and gets nothing for it.
 
 ## Prompt and answer

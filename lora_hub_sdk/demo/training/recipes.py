@@ -57,7 +57,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "sentiment": Recipe(rank=4, alpha=8, modules=("q_proj", "v_proj"), steps=90),
         "package-section": Recipe(rank=6, alpha=12, modules=_ATTENTION, steps=100),
         "translate-it": Recipe(rank=3, alpha=6, modules=(*_ATTENTION, *_MLP), steps=150),
-        "number-words-fr": Recipe(rank=5, alpha=10, modules=_MLP, steps=150),
+        "number-words-fr": Recipe(rank=5, alpha=10, modules=_MLP, steps=450),
         "date-iso": Recipe(rank=2, alpha=8, modules=(*_ATTENTION, *_MLP), steps=130),
         "contact-json": Recipe(rank=16, alpha=16, modules=("q_proj", "v_proj"), use_rslora=True, steps=75),
         "text-to-sql": Recipe(
