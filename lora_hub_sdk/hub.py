@@ -7,7 +7,7 @@ import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from lora_hub_sdk.composition.router import Router
 from lora_hub_sdk.errors import (
@@ -16,7 +16,7 @@ from lora_hub_sdk.errors import (
     InvalidConfigError,
     SamplesError,
 )
-from lora_hub_sdk.models import canonical_name, resolve_model
+from lora_hub_sdk.models import BaseModels, resolve_model
 from lora_hub_sdk.registry.adapter_config import AdapterConfig, read_adapter_config
 from lora_hub_sdk.registry.admission import ModuleShapes, admit, check_base_model
 from lora_hub_sdk.registry.registry import Registry, Verification
@@ -66,6 +66,7 @@ class LoraHub:
         endpoint: a Hub other than https://huggingface.co.
         token: for private and gated repositories; None takes the one that huggingface_hub finds.
         cache_dir: where pulled adapters are kept; None is huggingface_hub's cache.
+        base_folders: Hub ids of base models and the folders that hold them, for machines that shall not download.
 
     Raises:
         SchemaError: the database is of another version, or no registry.
@@ -82,11 +83,13 @@ class LoraHub:
         endpoint: str | None = None,
         token: str | None = None,
         cache_dir: Path | None = None,
+        base_folders: Mapping[str, str | os.PathLike[str]] | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._token = token
         self._encoder_given = encoder
         self._instruction = instruction
+        self._bases = BaseModels(base_folders, endpoint=endpoint, token=token)
         self._source = HubSource(endpoint=endpoint, token=token, cache_dir=cache_dir)
         self._registry = Registry(os.fspath(database), index=index, encoder=lambda: self.encoder.fingerprint)
         self._lock = threading.RLock()
@@ -134,7 +137,7 @@ class LoraHub:
         texts = () if samples is None else sample_texts(samples, label)
         pulled = self._source.pull(reference if isinstance(reference, str) else Path(reference), revision)
         config = read_adapter_config(pulled.folder, label)
-        base = _base_of(config, base_model, label)
+        base = self._base_of(config, base_model, label)
         admitted = admit(
             pulled.folder,
             source=label,
@@ -169,7 +172,7 @@ class LoraHub:
 
     def list(self, *, namespace: str | None = None, base_model: str | os.PathLike[str] | None = None) -> Adapters:
         """All adapters by name, of every namespace and base unless one is given."""
-        return self._registry.adapters(namespace, None if base_model is None else canonical_name(base_model))
+        return self._registry.adapters(namespace, self._base_name(base_model))
 
     def get(self, name: str, *, namespace: str = DEFAULT_NAMESPACE) -> Adapter:
         """The adapter of that name.
@@ -255,7 +258,7 @@ class LoraHub:
             prompts,
             k,
             namespace=namespace,
-            base_model=None if base_model is None else canonical_name(base_model),
+            base_model=self._base_name(base_model),
             tags=tags,
             exclude=exclude,
         )
@@ -276,8 +279,8 @@ class LoraHub:
             AdapterNotFoundError: a pinned adapter is not registered.
             EmptyPromptError: a prompt without text.
         """
-        base = canonical_name(base_model)
-        return Router(self._registry, lambda: self.encoder).route(prompts, base, routing or Routing())
+        router = Router(self._registry, lambda: self.encoder)
+        return router.route(prompts, self._base_name(base_model), routing or Routing())
 
     # -- how text comes out -------------------------------------------------------------------------------------------
 
@@ -334,13 +337,12 @@ class LoraHub:
         from lora_hub_sdk.engine.base_model import ModelSettings, load_base_model
         from lora_hub_sdk.engine.engine import Engine
 
-        key = (canonical_name(base_model), settings or ModelSettings())
+        key = (self._base_name(base_model), settings or ModelSettings())
         with self._lock:
             if self._closed:
                 raise EngineClosedError("this hub was closed; open it again")
             if key not in self._engines:
-                resolved = resolve_model(base_model, endpoint=self._endpoint, token=self._token)
-                self._engines[key] = Engine(load_base_model(resolved, key[1]))
+                self._engines[key] = Engine(load_base_model(self._bases.resolve(base_model), key[1]))
             return self._engines[key]
 
     # -- end ----------------------------------------------------------------------------------------------------------
@@ -381,12 +383,19 @@ class LoraHub:
             for prompt, route in zip(prompts, routes, strict=True)
         ]
 
+    @overload
+    def _base_name(self, base_model: str | os.PathLike[str]) -> str: ...
+    @overload
+    def _base_name(self, base_model: str | os.PathLike[str] | None) -> str | None: ...
+    def _base_name(self, base_model: str | os.PathLike[str] | None) -> str | None:
+        """The canonical name, under which adapters are registered."""
+        return None if base_model is None else self._bases.name(base_model, self._registry.base_models())
+
     def _shapes_of(self, base: str) -> ModuleShapes:
         from lora_hub_sdk.engine.shapes import module_shapes
 
         if base not in self._shapes:
-            resolved = resolve_model(base, endpoint=self._endpoint, token=self._token, config_only=True)
-            self._shapes[base] = module_shapes(resolved.folder)
+            self._shapes[base] = module_shapes(self._bases.resolve(base, config_only=True).folder)
         return self._shapes[base]
 
     def _vector(self, texts: Sequence[str], embedding: ArrayLike | None, label: str) -> Vector:
@@ -394,16 +403,18 @@ class LoraHub:
             return given_vector(embedding, self.encoder, label)
         return embed_samples(self.encoder, texts, label)
 
-
-def _base_of(config: AdapterConfig, asked: str | os.PathLike[str] | None, label: str) -> str:
-    """The canonical name of an adapter's base, which must be the one asked for."""
-    if asked is None:
-        if not config.base_model:
-            raise InvalidConfigError(label, "its configuration names no base model; give base_model=...")
-        return canonical_name(config.base_model)
-    expected = canonical_name(asked)
-    # An absolute path that does not exist here is a folder on the machine of whoever trained it, and says nothing.
-    nameless = not config.base_model or (Path(config.base_model).is_absolute() and not Path(config.base_model).exists())
-    if not nameless:
-        check_base_model(config, expected, canonical_name(config.base_model), label)
-    return expected
+    def _base_of(self, config: AdapterConfig, asked: str | os.PathLike[str] | None, label: str) -> str:
+        """The canonical name of an adapter's base, which must be the one asked for."""
+        if asked is None:
+            if not config.base_model:
+                raise InvalidConfigError(label, "its configuration names no base model; give base_model=...")
+            return self._bases.name(config.base_model, self._registry.base_models())
+        # An absolute path that does not exist here is a folder on the trainer's machine, and says nothing.
+        nameless = not config.base_model or (
+            Path(config.base_model).is_absolute() and not Path(config.base_model).exists()
+        )
+        if nameless:
+            return self._base_name(asked)
+        found = self._bases.name(config.base_model)
+        check_base_model(config, self._bases.name(asked, [found]), found, label)
+        return found

@@ -313,6 +313,22 @@ def test_adapters_of_another_base_are_never_used(pool: LoraHub, tmp_path: Path) 
         pool.generate(["x"], base_model=other, routing=Routing("selection", adapters=("maths",)))
 
 
+def test_a_folder_serves_the_adapters_of_the_model_that_it_was_said_to_be(
+    open_hub: Callable[..., LoraHub], base: Path, tmp_path: Path
+) -> None:
+    hub = open_hub(base_folders={"meta/tiny": base})
+    adapter = hub.register(tiny_adapter(tmp_path / "lora", base, base_name="meta/tiny"), samples=MATHS)
+    assert adapter.base_model == "meta/tiny"
+    assert hub.register(tmp_path / "lora", base_model=base) == adapter
+    for name in (base, "meta/tiny"):
+        (completion,) = hub.generate(["1 + 1"], base_model=name, sampling=Sampling(2))
+        assert completion.trace.route.members[0].adapter == adapter
+    assert hub.engine(base) is hub.engine("meta/tiny")
+    hub.close()
+    with pytest.raises(errors.NoAdaptersError, match="base_folders"):
+        open_hub().generate(["1 + 1"], base_model=base)
+
+
 def test_min_score_leaves_a_prompt_to_the_base_model(pool: LoraHub, base: Path) -> None:
     prompts = [FRENCH[0], "zebra crossing"]
     near, far = (hits[0].score for hits in pool.search_many(prompts, k=1))

@@ -51,7 +51,7 @@ class LoraRetrieverLLM(BaseLLM):
 
     hub: LoraHub = Field(exclude=True)
     #: A folder, a Hub id, or "smollm2-135m-instruct".
-    base_model: str
+    base_model: str | Path
     strategy: str = "mixture"
     k: int = 3
     weights: str = "uniform"
@@ -112,7 +112,7 @@ class LoraRetrieverLLM(BaseLLM):
             generations=[
                 [Generation(text=completion.text, generation_info=_info(completion))] for completion in completions
             ],
-            llm_output={"model_name": self.base_model, "token_usage": _usage(completions)},
+            llm_output={"model_name": str(self.base_model), "token_usage": _usage(completions)},
         )
 
     def _stream(

@@ -73,5 +73,5 @@ class Router:
         return (
             f"no adapter for base {base_model!r} is left by tags={list(routing.tags)!r}, "
             f"exclude={list(routing.exclude)!r}; namespace {routing.namespace!r} holds {len(there)} adapters, for "
-            f"{', '.join(bases)}"
+            f"{', '.join(bases)}; if a folder is one of these, say so: LoraHub(..., base_folders={{name: folder}})"
         )

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
 from lora_hub_sdk.engine.shapes import linear_shapes
-from lora_hub_sdk.errors import ConfigurationError
+from lora_hub_sdk.errors import ConfigurationError, ModelDamagedError
 from lora_hub_sdk.models import ResolvedModel
 
 if TYPE_CHECKING:
@@ -63,13 +63,18 @@ def load_base_model(resolved: ResolvedModel, settings: ModelSettings | None = No
 
     Raises:
         ConfigurationError: a device that this machine lacks.
+        ModelDamagedError: a folder without a tokenizer.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     settings = settings or ModelSettings()
     device = _device(settings.device)
-    tokenizer = AutoTokenizer.from_pretrained(resolved.folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolved.folder)
+    except (OSError, ValueError) as error:
+        problem = f"{resolved.folder}: has no tokenizer that can be loaded ({error})"
+        raise ModelDamagedError(resolved.id, [problem]) from error
     dtype: Any = settings.dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"

