@@ -67,7 +67,8 @@ class Registry:
         self._place = index if index is not None else _beside(self._engine, self._store.registry_id)
         self._ask_encoder = encoder
         self._lock = threading.RLock()
-        self._in_step = False
+        # The version of SQL that the index was last seen to agree with.
+        self._synced: int | None = None
 
     @cached_property
     def _encoder(self) -> str:
@@ -84,7 +85,7 @@ class Registry:
     @property
     def digest(self) -> str:
         """Changes whenever an answer of ``search`` may have changed."""
-        return f"{self._store.digest()}:{self._encoder[:16]}"
+        return f"{self._store.registry_id}:{self._store.version()}:{self._encoder[:16]}"
 
     def add(self, registration: Registration) -> Adapter:
         """Register; the same content under the same name changes nothing and returns what is there.
@@ -111,10 +112,10 @@ class Registry:
                     self._require_same_vector(known, registration.vector)
                 return known
             self._sync_index()
-            self._in_step = False
-            adapter = self._store.add(registration)
+            before, self._synced = self._synced, None
+            adapter, version = self._store.add(registration)
             self._index.put(self._store.embeddings(self._encoder, adapter))
-            self._in_step = True
+            self._synced = _next(before, version)
             return adapter
 
     def get(self, name: str, namespace: str) -> Adapter:
@@ -176,10 +177,10 @@ class Registry:
                 self._store.remove(adapter)
                 return adapter
             keys = [key_of(embedding) for embedding in self._store.embeddings(self._encoder, adapter)]
-            in_step, self._in_step = self._in_step, False
-            self._store.remove(adapter)
+            before, self._synced = self._synced, None
+            version = self._store.remove(adapter)
             self._index.delete(keys)
-            self._in_step = in_step
+            self._synced = _next(before, version)
             return adapter
 
     def unembedded(self) -> list[Adapter]:
@@ -189,7 +190,7 @@ class Registry:
     def add_embedding(self, adapter: Adapter, encoder_name: str, vector: Vector) -> None:
         """Give an adapter its vector under this registry's encoder."""
         with self._lock:
-            self._in_step = False
+            self._synced = None
             self._store.add_embedding(adapter, self._encoder, encoder_name, vector)
 
     def search(
@@ -233,7 +234,7 @@ class Registry:
         """Write the whole index anew from SQL; returns the number of vectors."""
         with self._lock:
             self._index.delete(self._index.keys())
-            self._in_step = False
+            self._synced = None
             self._sync_index()
             return len(self._index.keys())
 
@@ -267,8 +268,9 @@ class Registry:
         return {key_of(embedding): embedding for embedding in self._store.embeddings(self._encoder)}
 
     def _sync_index(self) -> None:
-        """Bring the index to what SQL says, if anything was written since the two last agreed."""
-        if self._in_step:
+        """Bring the index to what SQL says, if anything was written since the two last agreed, by whomever."""
+        version = self._store.version()
+        if version == self._synced:
             return
         waiting = [adapter.name for adapter in self.unembedded() if adapter.sample_count]
         if waiting:
@@ -279,7 +281,12 @@ class Registry:
         wanted, held = self._wanted(), self._index.keys()
         self._index.delete(held - wanted.keys())
         self._index.put([embedding for key, embedding in wanted.items() if key not in held])
-        self._in_step = True
+        self._synced = version
+
+
+def _next(before: int | None, version: int) -> int | None:
+    """The version that the index agrees with after a write of our own; None if somebody else wrote in between."""
+    return version if before == version - 1 else None
 
 
 def _ranked(row: Sequence[tuple[str, float]], adapters: dict[int, Adapter]) -> list[Hit]:

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Engine, Select, func, select, update
+from sqlalchemy import Engine, Integer, Select, Text, cast, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -24,6 +24,7 @@ from lora_hub_sdk.types import Adapter
 
 Vector = NDArray[np.float32]
 _REGISTRY_ID: Final = "registry_id"
+_VERSION: Final = "version"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,13 @@ class SqlStore:
         self._engine = engine
         self.registry_id = self._ensure_id()
 
-    def add(self, registration: Registration) -> Adapter:
-        """Write a registration: all of it or nothing.
+    def version(self) -> int:
+        """A number that every change of adapters or vectors raises by one, whichever process makes it."""
+        with Session(self._engine) as session:
+            return _version(session)
+
+    def add(self, registration: Registration) -> tuple[Adapter, int]:
+        """Write a registration, all of it or nothing; returns the adapter and the version that it made.
 
         Raises:
             NameTakenError: another process took the name in between.
@@ -70,13 +76,14 @@ class SqlStore:
         row = _new_row(registration)
         try:
             with Session(self._engine, expire_on_commit=False) as session, session.begin():
+                version = _raise_version(session)
                 _ensure_encoder(session, registration.encoder, registration.encoder_name, registration.vector)
                 session.add(row)
         except IntegrityError as error:
             raise NameTakenError(
                 f"the name {registration.name!r} was taken in namespace {registration.namespace!r} meanwhile"
             ) from error
-        return _adapter(row)
+        return _adapter(row), version
 
     def find(self, name: str, namespace: str) -> Adapter | None:
         """The adapter of that name, or None."""
@@ -129,12 +136,14 @@ class SqlStore:
             session.execute(update(AdapterRow).where(AdapterRow.id == adapter.id).values(folder=str(folder)))
         return replace(adapter, folder=folder)
 
-    def remove(self, adapter: Adapter) -> None:
-        """Delete an adapter with its samples and vectors; nothing happens where it is gone already."""
+    def remove(self, adapter: Adapter) -> int:
+        """Delete an adapter with its samples and vectors, if it is still there; returns the version that this made."""
         with Session(self._engine) as session, session.begin():
+            version = _raise_version(session)
             row = session.get(AdapterRow, adapter.id)
             if row is not None:
                 session.delete(row)
+            return version
 
     def embeddings(self, encoder: str, adapter: Adapter | None = None) -> list[Embedding]:
         """Every vector under one encoder, or only that of one adapter."""
@@ -162,15 +171,9 @@ class SqlStore:
     def add_embedding(self, adapter: Adapter, encoder: str, encoder_name: str, vector: Vector) -> None:
         """Keep the vector of an adapter under another encoder."""
         with Session(self._engine) as session, session.begin():
+            _raise_version(session)
             _ensure_encoder(session, encoder, encoder_name, vector)
             session.merge(EmbeddingRow(adapter_id=adapter.id, encoder=encoder, vector=_bytes(vector), origin="samples"))
-
-    def digest(self) -> str:
-        """Changes whenever an adapter comes, goes or changes its vectors: part of every cache key above."""
-        with Session(self._engine) as session:
-            count, last = session.execute(select(func.count(), func.max(AdapterRow.id))).one()
-            vectors = session.scalar(select(func.count()).select_from(EmbeddingRow))
-        return f"{self.registry_id}:{count}:{last or 0}:{vectors}"
 
     def close(self) -> None:
         self._engine.dispose()
@@ -181,10 +184,21 @@ class SqlStore:
                 row = session.get(MetaRow, _REGISTRY_ID)
                 if row is None:
                     row = MetaRow(key=_REGISTRY_ID, value=uuid.uuid4().hex)
-                    session.add(row)
+                    session.add_all([row, MetaRow(key=_VERSION, value="0")])
                 return row.value
         except IntegrityError:  # another process was first
             return self._ensure_id()
+
+
+def _version(session: Session) -> int:
+    return int(session.scalars(select(MetaRow.value).where(MetaRow.key == _VERSION)).one())
+
+
+def _raise_version(session: Session) -> int:
+    """First in every transaction that writes: the update takes SQLite's write lock before anything is read."""
+    raised = cast(cast(MetaRow.value, Integer) + 1, Text)
+    session.execute(update(MetaRow).where(MetaRow.key == _VERSION).values(value=raised))
+    return _version(session)
 
 
 def _ensure_encoder(session: Session, fingerprint: str, name: str, vector: Vector) -> None:

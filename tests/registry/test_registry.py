@@ -184,6 +184,20 @@ def test_a_crash_between_sql_and_index_is_mended_on_the_next_start(
     registry.close()
 
 
+def test_two_registries_on_one_database_see_each_others_writes(tmp_path: Path) -> None:
+    first, second = (Registry(str(tmp_path / "hub.db"), index=None, encoder=lambda: ENCODER) for _ in range(2))
+    first.add(entry("a", unit(1, 0, 0)))
+    assert names(second, unit(1, 0, 0)) == ["a"]
+    second.add(entry("b", unit(1, 0.1, 0)))
+    first.add(entry("c", unit(1, 0.2, 0)))
+    assert names(first, unit(1, 0, 0)) == names(second, unit(1, 0, 0)) == ["a", "b", "c"]
+    second.remove("a", "default")
+    assert names(first, unit(1, 0, 0)) == ["b", "c"]
+    assert first.digest == second.digest
+    first.close()
+    second.close()
+
+
 def test_a_crash_before_sql_commits_leaves_nothing(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     registry.add(entry("a", unit(1, 0, 0)))
     with monkeypatch.context() as patch:
