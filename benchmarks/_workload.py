@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -13,9 +12,9 @@ from lora_hub_sdk.composition.strategies import get_strategy, route_from_hits
 from lora_hub_sdk.engine.base_model import BaseModel, ModelSettings, load_base_model
 from lora_hub_sdk.models import ResolvedModel
 from lora_hub_sdk.registry.adapter_config import CONFIG_FILE
-from lora_hub_sdk.registry.admission import ModuleShapes, admit
-from lora_hub_sdk.testing.tiny import ATTENTION, MLP, tiny_adapter
-from lora_hub_sdk.types import DEFAULT_NAMESPACE, Adapter, Hit, Route
+from lora_hub_sdk.registry.admission import ModuleShapes
+from lora_hub_sdk.testing.tiny import ATTENTION, MLP, tiny_adapter, unregistered
+from lora_hub_sdk.types import Adapter, Hit, Route
 
 Tokens = list[tuple[int, ...]]
 #: A random adapter changes the answers and leaves the model's numbers in their usual range.
@@ -85,7 +84,7 @@ def read_adapters(folders: Sequence[Path], shapes: ModuleShapes) -> list[Adapter
     Raises:
         AdmissionError: a folder holds no adapter of this base model.
     """
-    return [_read_adapter(place, folder, shapes) for place, folder in enumerate(folders)]
+    return [unregistered(folder, shapes, id=place) for place, folder in enumerate(folders)]
 
 
 def adapter_folders(parent: Path) -> list[Path]:
@@ -111,26 +110,3 @@ def build_workload(
 
 def _routes(strategy: str, hits: Sequence[Sequence[Hit]]) -> tuple[Route, ...]:
     return tuple(route_from_hits(get_strategy(strategy), row) for row in hits)
-
-
-def _read_adapter(place: int, folder: Path, shapes: ModuleShapes) -> Adapter:
-    admitted = admit(folder, source=folder.name, shapes=shapes)
-    return Adapter(
-        id=place,
-        name=folder.name,
-        namespace=DEFAULT_NAMESPACE,
-        repo_id=folder.name,
-        revision=admitted.digest[:40],
-        digest=admitted.digest,
-        base_model=admitted.config.base_model,
-        rank=admitted.max_rank,
-        alpha=admitted.config.alpha,
-        target_modules=admitted.target_modules,
-        size_bytes=admitted.size_bytes,
-        license=None,
-        description=None,
-        tags=(),
-        folder=folder,
-        sample_count=0,
-        created_at=datetime.now(UTC),
-    )

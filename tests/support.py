@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_hub_sdk.engine.shapes import module_shapes
-from lora_hub_sdk.registry.admission import admit
-from lora_hub_sdk.testing import raw_factors
+from lora_hub_sdk.testing import raw_factors, unregistered
 from lora_hub_sdk.types import Adapter, Averaged, Member, Route
 
 # Reading a file again for each of 210 modules would be most of the tests' time.
@@ -22,28 +21,9 @@ _shapes = functools.cache(module_shapes)
 _factors = functools.cache(raw_factors)
 
 
-def adapter_at(folder: Path, base: Path, *, id: int = 1, name: str | None = None) -> Adapter:  # noqa: A002
+def adapter_at(folder: Path, base: Path, *, id: int = 1) -> Adapter:  # noqa: A002
     """An admitted adapter without a registry."""
-    admitted = admit(folder, source=folder.name, shapes=_shapes(base))
-    return Adapter(
-        id=id,
-        name=name or folder.name,
-        namespace="default",
-        repo_id=str(folder),
-        revision=admitted.digest[:40],
-        digest=admitted.digest,
-        base_model=str(base),
-        rank=admitted.max_rank,
-        alpha=admitted.config.alpha,
-        target_modules=admitted.target_modules,
-        size_bytes=admitted.size_bytes,
-        license=None,
-        description=None,
-        tags=(),
-        folder=folder,
-        sample_count=0,
-        created_at=datetime(2026, 1, 1, tzinfo=UTC),
-    )
+    return unregistered(folder, _shapes(base), id=id)
 
 
 def bare_adapter(name: str, digest: str | None = None) -> Adapter:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from lora_hub_sdk.types import DEFAULT_NAMESPACE, Adapter
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lora_hub_sdk.registry.admission import ModuleShapes
 
 ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP: Final = ("gate_proj", "up_proj", "down_proj")
@@ -100,6 +105,32 @@ def tiny_adapter(
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(raw, indent=2))
     return folder
+
+
+def unregistered(folder: Path, shapes: ModuleShapes, *, id: int = 1) -> Adapter:  # noqa: A002
+    """An admitted adapter as the engine takes it, without a registry; ``shapes`` as ``engine.shapes`` gives them."""
+    from lora_hub_sdk.registry.admission import admit
+
+    admitted = admit(folder, source=folder.name, shapes=shapes)
+    return Adapter(
+        id=id,
+        name=folder.name,
+        namespace=DEFAULT_NAMESPACE,
+        repo_id=str(folder),
+        revision=admitted.digest[:40],
+        digest=admitted.digest,
+        base_model=admitted.config.base_model,
+        rank=admitted.max_rank,
+        alpha=admitted.config.alpha,
+        target_modules=admitted.target_modules,
+        size_bytes=admitted.size_bytes,
+        license=None,
+        description=None,
+        tags=(),
+        folder=folder,
+        sample_count=0,
+        created_at=datetime.now(UTC),
+    )
 
 
 def raw_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
