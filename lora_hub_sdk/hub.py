@@ -389,7 +389,7 @@ class LoraHub:
     def _base_name(self, base_model: str | os.PathLike[str] | None) -> str | None: ...
     def _base_name(self, base_model: str | os.PathLike[str] | None) -> str | None:
         """The canonical name, under which adapters are registered."""
-        return None if base_model is None else self._bases.name(base_model, self._registry.base_models())
+        return None if base_model is None else self._bases.name(base_model, self._registry.base_models)
 
     def _shapes_of(self, base: str) -> ModuleShapes:
         from lora_hub_sdk.engine.shapes import module_shapes
@@ -408,7 +408,7 @@ class LoraHub:
         if asked is None:
             if not config.base_model:
                 raise InvalidConfigError(label, "its configuration names no base model; give base_model=...")
-            return self._bases.name(config.base_model, self._registry.base_models())
+            return self._bases.name(config.base_model, self._registry.base_models)
         # An absolute path that does not exist here is a folder on the trainer's machine, and says nothing.
         nameless = not config.base_model or (
             Path(config.base_model).is_absolute() and not Path(config.base_model).exists()
@@ -416,5 +416,5 @@ class LoraHub:
         if nameless:
             return self._base_name(asked)
         found = self._bases.name(config.base_model)
-        check_base_model(config, self._bases.name(asked, [found]), found, label)
+        check_base_model(config, self._bases.name(asked, lambda: [found]), found, label)
         return found

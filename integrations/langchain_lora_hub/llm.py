@@ -17,7 +17,7 @@ from lora_hub_sdk.engine.sampling import check_sampling
 from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.hub import LoraHub
 from lora_hub_sdk.models import canonical_name, weights_fingerprint
-from lora_hub_sdk.types import DEFAULT_NAMESPACE, Completion, Routing, Sampling
+from lora_hub_sdk.types import DEFAULT_NAMESPACE, Completion, Routing, Sampling, Usage
 
 _ROUTING: Final = (
     "strategy",
@@ -168,20 +168,16 @@ class LoraRetrieverLLM(BaseLLM):
 
 
 def _info(completion: Completion) -> dict[str, Any]:
-    usage = completion.usage
     return {
         "finish_reason": completion.finish_reason,
         "route": completion.trace.route.as_dict(),
         "truncated_tokens": completion.trace.truncated_tokens,
-        "token_usage": {
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "total_tokens": usage.total_tokens,
-        },
+        "token_usage": completion.usage.as_dict(),
     }
 
 
 def _usage(completions: list[Completion]) -> dict[str, int]:
-    prompt = sum(completion.usage.prompt_tokens for completion in completions)
-    answer = sum(completion.usage.completion_tokens for completion in completions)
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    return Usage(
+        sum(completion.usage.prompt_tokens for completion in completions),
+        sum(completion.usage.completion_tokens for completion in completions),
+    ).as_dict()

@@ -115,16 +115,12 @@ def _with_stdin(prompts: Sequence[str]) -> list[str]:
 
 
 def _completion_data(prompt: str, completion: Completion) -> dict[str, Any]:
-    usage, trace = completion.usage, completion.trace
+    trace = completion.trace
     return {
         "prompt": prompt,
         "text": completion.text,
         "finish_reason": completion.finish_reason,
-        "usage": {
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "total_tokens": usage.total_tokens,
-        },
+        "usage": completion.usage.as_dict(),
         "route": trace.route.as_dict(),
         "batch_size": trace.batch_size,
         "truncated_tokens": trace.truncated_tokens,

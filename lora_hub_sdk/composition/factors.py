@@ -57,5 +57,8 @@ def factors_from_bytes(weights: bytes, config: AdapterConfig, digest: str) -> Ad
         sides.setdefault(match["module"], {})[match["side"]] = tensor
     return AdapterFactors(
         digest,
-        {module: LoraFactors(found["A"], found["B"], config.scale(module)) for module, found in sides.items()},
+        {
+            module: LoraFactors(found["A"], found["B"].t().contiguous().t(), config.scale(module))
+            for module, found in sides.items()
+        },
     )

@@ -8,7 +8,8 @@ from lora_hub_sdk.composition.strategies import Strategy, check_routing, get_str
 from lora_hub_sdk.errors import ConfigurationError, NoAdaptersError
 from lora_hub_sdk.registry.registry import Registry
 from lora_hub_sdk.retriever.encoder import Encoder
-from lora_hub_sdk.retriever.retriever import Retriever, check_prompts
+from lora_hub_sdk.retriever.query import check_prompts
+from lora_hub_sdk.retriever.retriever import Retriever
 from lora_hub_sdk.types import Member, Route, Routing
 
 

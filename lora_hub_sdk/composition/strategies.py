@@ -1,7 +1,7 @@
 """The strategies as a table: how many adapters of a search take part, and where they are averaged.
 
 Each system of the paper is three answers: which set, whose weights, averaged where. A strategy here gives the first
-and the last; ``weighting`` gives the middle one.
+and the last; ``WEIGHTINGS`` has the middle one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lora_hub_sdk.errors import ConfigurationError, UnknownStrategyError
+from lora_hub_sdk.retriever.query import check_k
 from lora_hub_sdk.types import Averaged, Hit, Member, Route, Routing
 
 #: LORAUTER's temperature for softmax weights (arXiv 2601.21795).
@@ -65,8 +66,7 @@ def check_routing(routing: Routing) -> None:
         UnknownStrategyError, ConfigurationError: names the option, its value and what is expected.
     """
     strategy = get_strategy(routing.strategy)
-    if isinstance(routing.k, bool) or not isinstance(routing.k, int) or routing.k < 1:
-        raise ConfigurationError(f"k={routing.k!r}: expected a whole number of 1 or more")
+    check_k(routing.k)
     if routing.weights not in WEIGHTINGS:
         raise ConfigurationError(f"weights={routing.weights!r} is unknown; choose one of {', '.join(WEIGHTINGS)}")
     names = routing.adapters

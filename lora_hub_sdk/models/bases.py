@@ -7,7 +7,7 @@ evidence: somebody said so, it lies in huggingface_hub's cache under that id, or
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -46,14 +46,14 @@ class BaseModels:
         self._token = token
         self._same_weights = cache(_same_weights)
 
-    def name(self, reference: Reference, known: Iterable[str] = ()) -> str:
-        """The canonical name of a base model; a folder may turn out to be one of the ``known`` ones."""
+    def name(self, reference: Reference, known: Callable[[], Iterable[str]] = tuple) -> str:
+        """The canonical name of a base model; a folder may turn out to be one of the ``known`` ones, asked for then."""
         name = canonical_name(reference)
         if not Path(name).is_dir():
             return name
         stated = [model for model, folder in self._folders.items() if str(folder.resolve()) == name]
         found = stated or [model for model in (_cache_owner(Path(name)),) if model]
-        found = found or [model for model in sorted(known) if model != name and self._same_weights(name, model)]
+        found = found or [model for model in sorted(known()) if model != name and self._same_weights(name, model)]
         return found[0] if found else name
 
     def resolve(self, reference: Reference, *, config_only: bool = False) -> ResolvedModel:

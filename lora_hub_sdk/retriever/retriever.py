@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lora_hub_sdk.errors import ConfigurationError, EmptyPromptError, SamplesError
+from lora_hub_sdk.errors import SamplesError
 from lora_hub_sdk.registry.registry import Registry
 from lora_hub_sdk.registry.store import Vector
 from lora_hub_sdk.retriever.encoder import Encoder, mean_vector, unit
+from lora_hub_sdk.retriever.query import check_k, check_prompts
 from lora_hub_sdk.types import Hit
 
 
@@ -38,8 +39,7 @@ class Retriever:
             ConfigurationError: k is not a whole number of 1 or more.
             EmptyPromptError: a prompt without text.
         """
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ConfigurationError(f"k={k!r}: expected a whole number of 1 or more")
+        check_k(k)
         check_prompts(prompts)
         if not prompts:
             return []
@@ -51,20 +51,6 @@ class Retriever:
             tags=tags,
             exclude=exclude,
         )
-
-
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Refuse prompts that say nothing: no adapter can be nearest to them.
-
-    Raises:
-        EmptyPromptError: names the first such prompt's place.
-        ConfigurationError: one text, whose letters would be taken for prompts.
-    """
-    if isinstance(prompts, str):
-        raise ConfigurationError("prompts is one text, expected a list of them: [prompt]")
-    for row, prompt in enumerate(prompts):
-        if not prompt.strip():
-            raise EmptyPromptError(row)
 
 
 def embed_samples(encoder: Encoder, texts: Sequence[str], source: str) -> Vector:

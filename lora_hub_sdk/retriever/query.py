@@ -1,0 +1,31 @@
+"""What a search may be asked. Pure, so that every door can check before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lora_hub_sdk.errors import ConfigurationError, EmptyPromptError
+
+
+def check_k(k: object) -> None:
+    """Refuse a number of adapters that no search can give.
+
+    Raises:
+        ConfigurationError: k is not a whole number of 1 or more.
+    """
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ConfigurationError(f"k={k!r}: expected a whole number of 1 or more")
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Refuse prompts that say nothing: no adapter can be nearest to them.
+
+    Raises:
+        EmptyPromptError: names the first such prompt's place.
+        ConfigurationError: one text, whose letters would be taken for prompts.
+    """
+    if isinstance(prompts, str):
+        raise ConfigurationError("prompts is one text, expected a list of them: [prompt]")
+    for row, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise EmptyPromptError(row)
