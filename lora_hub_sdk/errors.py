@@ -26,13 +26,20 @@ Where people already catch a standard type (``ValueError``, ``LookupError``), th
     │   ├── UnmatchedTensorsError
     │   ├── ShapeMismatchError
     │   ├── NonFiniteWeightsError
+    │   ├── OutOfBoundsError                   a norm, scale or size beyond the limits
+    │   ├── NoEffectError                      weights that change nothing
     │   └── SamplesError                       no text to represent the adapter by
     ├── RegistryError
     │   ├── AdapterNotFoundError (LookupError)
     │   ├── NameTakenError
+    │   ├── RetiredError                       an adapter that was taken out of service
+    │   ├── PinnedError                        an adapter that is held at its revision
+    │   ├── ConflictError                      somebody else changed it meanwhile
     │   ├── NoAdaptersError (LookupError)      nothing to retrieve from
     │   ├── AdapterChangedError                files differ from what was registered
     │   ├── EncoderMismatchError               vectors of another encoder
+    │   ├── IndexUnavailableError (ConnectionError)  the server of the vector index does not answer
+    │   ├── IndexDamagedError                  a vector index that cannot be read any more
     │   └── SchemaError                        a database older or newer than this package
     └── GenerationError
         ├── EmptyPromptError (ValueError)
@@ -179,6 +186,22 @@ class NonFiniteWeightsError(AdmissionError):
     """Weights that hold NaN or infinity."""
 
 
+class OutOfBoundsError(AdmissionError):
+    """A size, scale or norm that no honest adapter has; ``limit`` is the bound that it passes."""
+
+    def __init__(self, source: str, what: str, found: float, limit: float) -> None:
+        super().__init__(
+            source, f"{what} is {found:.10g}, the limit is {limit:.10g}; raise it in Limits where you trust it"
+        )
+        self.what = what
+        self.found = found
+        self.limit = limit
+
+
+class NoEffectError(AdmissionError):
+    """Every delta is zero, so the base model's answers would pass for the adapter's."""
+
+
 class SamplesError(AdmissionError):
     """There is no usable text, or no usable vector, to represent the adapter by."""
 
@@ -204,6 +227,18 @@ class NameTakenError(RegistryError):
     """The name already belongs to an adapter with other content."""
 
 
+class RetiredError(RegistryError):
+    """The adapter was taken out of service; ``hub.restore`` brings it back."""
+
+
+class PinnedError(RegistryError):
+    """The adapter is held at its revision; ``hub.unpin`` lets it move again."""
+
+
+class ConflictError(RegistryError):
+    """Somebody else changed the adapter between reading and writing; nothing was written."""
+
+
 class NoAdaptersError(RegistryError, LookupError):
     """A prompt has no adapter to be routed to, so only the base model could have answered."""
 
@@ -214,6 +249,14 @@ class AdapterChangedError(RegistryError):
 
 class EncoderMismatchError(RegistryError):
     """Vectors of one encoder cannot be searched with another."""
+
+
+class IndexUnavailableError(RegistryError, ConnectionError):
+    """The server of the vector index does not answer; nothing is lost, SQL holds every vector."""
+
+
+class IndexDamagedError(RegistryError):
+    """The files of the vector index cannot be read any more; it is rebuilt from SQL."""
 
 
 class SchemaError(RegistryError):

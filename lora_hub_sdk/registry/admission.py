@@ -2,17 +2,19 @@
 
 One pass over the files decides whether the adapter can be served exactly: the configuration is understood, every tensor
 belongs to a module of the base model and has its other half, shapes agree with configured rank and base model, all
-values are finite. No torch, nothing executed, no base weights loaded.
+values are finite, sizes and norms are those of an honest adapter, and it changes something. No torch, nothing executed,
+no base weights loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -20,18 +22,31 @@ from lora_hub_sdk.errors import (
     BaseModelMismatchError,
     DamagedWeightsError,
     MissingWeightsError,
+    NoEffectError,
     NonFiniteWeightsError,
+    OutOfBoundsError,
     ShapeMismatchError,
     UnmatchedTensorsError,
     UnsafeWeightsError,
-    UnsupportedFeatureError,
 )
 from lora_hub_sdk.registry.adapter_config import (
     CONFIG_FILE,
     AdapterConfig,
-    adapter_config_from_bytes,
+    config_object,
+    config_values,
+    printable,
     read_config_bytes,
+    read_regular,
+    refuse_features,
+    shown,
+    strict_json,
+    unsupported,
 )
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    _Numbers = NDArray[np.float32] | NDArray[np.float64]
 
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 #: PEFT's name of a factor: ``base_model.model.<module path>.lora_A.weight``.
@@ -43,6 +58,9 @@ _SPECIAL: Final = {
     "lora_B.bias": "lora_bias",
     "modules_to_save": "modules_to_save",
 }
+#: How numpy reads a dtype of safetensors. It has no bfloat16, the upper half of a float32.
+_NUMPY: Final = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
+_WIDEST: Final = 8
 
 #: (out_features, in_features) of every linear module of a base model, by module path.
 ModuleShapes = Mapping[str, tuple[int, int]]
@@ -50,20 +68,39 @@ ModuleShapes = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds that no adapter may pass."""
+    """Bounds that no adapter may pass; an honest one is far below them all.
+
+    Attributes:
+        max_bytes: size of the weights' file.
+        max_rank: rank of one module.
+        max_scale: absolute value of alpha / r, or of alpha / sqrt(r) for rsLoRA, of one module.
+        max_delta_norm: Frobenius norm of s * B A of one module. Real adapters of a small model have 0.2 to 2.3, a
+            whole weight matrix of a large model some hundreds.
+        max_abs: absolute value of one stored number; float16 holds no larger one.
+        header_bytes: size of the weights' header, and what the file may have beyond the factors that the base model's
+            modules and the configured ranks allow.
+    """
 
     max_bytes: int = 4 << 30
     max_rank: int = 512
+    max_scale: float = 1e4
+    max_delta_norm: float = 1e3
+    max_abs: float = 65504.0
+    header_bytes: int = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """An adapter whose files were found good. ``modules`` are the paths it has factors for, sorted."""
+    """An adapter whose files were found good. ``modules`` are the paths it has factors for, sorted.
+
+    ``max_delta_norm`` is the largest Frobenius norm of a module's delta s * B A.
+    """
 
     config: AdapterConfig
     digest: str
     modules: tuple[str, ...]
     size_bytes: int
+    max_delta_norm: float = 0.0
 
     @property
     def max_rank(self) -> int:
@@ -72,7 +109,12 @@ class Admitted:
     @property
     def target_modules(self) -> tuple[str, ...]:
         """The short names ("q_proj") of the modules."""
-        return tuple(sorted({module.rpartition(".")[2] for module in self.modules}))
+        return short_names(self.modules)
+
+
+def short_names(modules: tuple[str, ...]) -> tuple[str, ...]:
+    """The last parts of module paths, each once, sorted."""
+    return tuple(sorted({module.rpartition(".")[2] for module in modules}))
 
 
 def content_digest(config: bytes, weights: bytes) -> str:
@@ -102,12 +144,7 @@ def admit(
     Raises:
         AdmissionError: the subclass names what is wrong; nothing was kept.
     """
-    limits = limits or Limits()
-    config_bytes = read_config_bytes(folder, source)
-    config = adapter_config_from_bytes(config_bytes, source)
-    weights = read_weights(folder, source=source, pickle_files=pickle_files, limits=limits)
-    modules = _TensorCheck(config, shapes, source, limits).modules_of(_parse(weights, source))
-    return Admitted(config, content_digest(config_bytes, weights), modules, len(weights))
+    return Examination(folder, source, shapes, limits or Limits(), pickle_files).run()
 
 
 def read_weights(
@@ -117,22 +154,10 @@ def read_weights(
 
     Raises:
         MissingWeightsError, UnsafeWeightsError: there is no such file, or only a pickle.
-        UnsupportedFeatureError: larger than the limit.
+        OutOfBoundsError: larger than the limit.
+        DamagedWeightsError: it cannot be read.
     """
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        pickles = pickle_files or tuple(file.name for file in sorted(folder.glob("adapter_model*.bin")))
-        if pickles:
-            raise UnsafeWeightsError(
-                source,
-                f"its weights are a pickle ({', '.join(pickles)}), which can run code; "
-                f"ask its author for {WEIGHTS_FILE}, or convert it where you trust it",
-            )
-        raise MissingWeightsError(source, f"there is no {WEIGHTS_FILE}")
-    size = path.stat().st_size
-    if size > (limits or Limits()).max_bytes:
-        raise UnsupportedFeatureError(source, "size in bytes", size)
-    return path.read_bytes()
+    return _read(folder, _weights_size(folder, source, pickle_files, limits or Limits()), source)
 
 
 def check_base_model(config: AdapterConfig, expected: str, found: str, source: str) -> None:
@@ -145,72 +170,222 @@ def check_base_model(config: AdapterConfig, expected: str, found: str, source: s
         )
 
 
-def _parse(weights: bytes, source: str) -> dict[str, dict[str, Any]]:
-    import safetensors
+@dataclass(slots=True)
+class Examination:
+    """One adapter's way through the policy: how far it came, and what was learned on the way.
 
-    read: Any = safetensors.deserialize  # the extension carries no types
-    try:
-        return dict(read(weights))
-    except (safetensors.SafetensorError, ValueError, OverflowError, MemoryError) as error:
-        raise DamagedWeightsError(source, f"{WEIGHTS_FILE} cannot be read: {error}") from error
+    ``passed`` maps the names of the checks that it passed to a line about each. What was not learned is None or empty.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class _TensorCheck:
-    """The rules that every tensor of one adapter must keep."""
-
-    config: AdapterConfig
-    shapes: ModuleShapes
+    folder: Path
     source: str
+    shapes: ModuleShapes
     limits: Limits
+    pickle_files: tuple[str, ...] = ()
+    passed: dict[str, str] = field(default_factory=dict)
+    config: AdapterConfig | None = None
+    digest: str | None = None
+    size_bytes: int | None = None
+    tensors: int | None = None
+    parameters: int | None = None
+    dtypes: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    norms: dict[str, float] = field(default_factory=dict)
 
-    def modules_of(self, tensors: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
-        """The modules that the tensors belong to, sorted, if all of them are good."""
-        sides: dict[str, set[str]] = {}
+    def run(self) -> Admitted:
+        """The whole policy, in its order: what is cheap and does not read the weights comes first.
+
+        Raises:
+            AdmissionError: the first rule that the adapter breaks.
+        """
+        config_bytes = read_config_bytes(self.folder, self.source)
+        size = self.size_bytes = _weights_size(self.folder, self.source, self.pickle_files, self.limits)
+        self.passed["files"] = f"{CONFIG_FILE} and {WEIGHTS_FILE}, {size} bytes"
+        raw = config_object(config_bytes, self.source)
+        config = self.config = config_values(raw, self.source)
+        self.passed["configuration"] = f"rank {config.r}, alpha {config.alpha:g}"
+        refuse_features(raw, self.source)
+        self.passed["features"] = "plain LoRA"
+        self._check_size(size, config)
+        weights = _read(self.folder, size, self.source)
+        self.digest = digest = content_digest(config_bytes, weights)
+        tensors = _parse(weights, self.source, self.limits)
+        del weights  # the parser made a copy
+        self.tensors = len(tensors)
+        self.parameters = sum(math.prod(tensor["shape"]) for tensor in tensors.values())
+        self.dtypes = tuple(sorted({str(tensor["dtype"]) for tensor in tensors.values()}))
+        pairs = self._pairs(tensors, config)
+        self.modules = tuple(pairs)
+        self.passed["tensors"] = f"{len(tensors)} tensors of {len(pairs)} modules"
+        del tensors
+        for module, pair in pairs.items():
+            self._check_shapes(module, pair, config.rank(module))
+        self.passed["shapes"] = "those of the base model and of the configured ranks"
+        largest = self._measure(pairs, config)
+        self.passed["finite"] = "no NaN, no infinity"
+        self._check_bounds(largest, config)
+        norm = max(self.norms.values())
+        self.passed["bounds"] = f"largest norm of a delta {norm:.3g}"
+        # Below this, float32 has lost the value.
+        if norm < np.finfo(np.float32).tiny:
+            raise NoEffectError(self.source, "every delta is zero; it was not trained, or its lora_alpha is 0")
+        self.passed["effect"] = "it changes the base model"
+        return Admitted(config, digest, self.modules, size, norm)
+
+    def _check_size(self, size: int, config: AdapterConfig) -> None:
+        """Before a byte is read: no file is larger than its factors for all modules could make it."""
+        numbers = sum(
+            min(config.rank(module), self.limits.max_rank) * sum(shape) for module, shape in self.shapes.items()
+        )
+        most = numbers * _WIDEST + self.limits.header_bytes
+        if size > most:
+            raise OutOfBoundsError(
+                self.source, f"size of {WEIGHTS_FILE} (by its ranks, the base model and header_bytes)", size, most
+            )
+
+    def _pairs(self, tensors: Mapping[str, Mapping[str, Any]], config: AdapterConfig) -> dict[str, dict[str, Any]]:
+        """The tensors by module and side, modules sorted, if each has its place and its other half."""
+        pairs: dict[str, dict[str, Any]] = {}
         unmatched: list[str] = []
         for key in sorted(tensors):
-            self._name_special(key)
+            for part, feature in _SPECIAL.items():
+                if part in key:
+                    raise unsupported(self.source, feature, key)
             match = FACTOR_KEY.fullmatch(key)
             if match is None or match["module"] not in self.shapes:
                 unmatched.append(key)
                 continue
-            sides.setdefault(match["module"], set()).add(match["side"])
-            self._check_factor(key, tensors[key], match["module"], match["side"])
-        if unmatched:
-            raise UnmatchedTensorsError(self.source, unmatched, "tensors that match no linear module of the base model")
-        if not sides:
-            raise UnmatchedTensorsError(self.source, ["(none)"], "the file holds no LoRA tensors")
-        halves = [module for module, found in sorted(sides.items()) if found != {"A", "B"}]
-        if halves:
-            raise UnmatchedTensorsError(self.source, halves, "modules with only one of lora_A and lora_B")
-        return tuple(sorted(sides))
+            if tensors[key]["dtype"] not in _NUMPY:
+                raise unsupported(self.source, f"dtype of {key}", tensors[key]["dtype"])
+            pairs.setdefault(match["module"], {})[match["side"]] = tensors[key]
+        modules = sorted(pairs)
+        self._refuse(unmatched, "tensors that match no linear module of the base model")
+        self._refuse([] if pairs else ["(none)"], "the file holds no LoRA tensors")
+        self._refuse([m for m in modules if len(pairs[m]) < 2], "modules with only one of lora_A and lora_B")
+        # PEFT would drop them without a word: which adapter was meant, the one of the tensors or of the configuration?
+        self._refuse(
+            [m for m in modules if not config.selection.covers(m)],
+            "modules with tensors that target_modules, exclude_modules and layers_to_transform leave out",
+        )
+        return {module: pairs[module] for module in modules}
 
-    def _name_special(self, key: str) -> None:
-        for part, feature in _SPECIAL.items():
-            if part in key:
-                raise UnsupportedFeatureError(self.source, feature, key)
+    def _refuse(self, names: list[str], why: str) -> None:
+        if names:
+            raise UnmatchedTensorsError(self.source, [printable(name) for name in names], why)
 
-    def _check_factor(self, key: str, tensor: Mapping[str, Any], module: str, side: str) -> None:
-        rank = self.config.rank(module)
+    def _check_shapes(self, module: str, pair: Mapping[str, Any], rank: int) -> None:
         if rank > self.limits.max_rank:
-            raise UnsupportedFeatureError(self.source, f"rank of {module}", rank)
+            raise OutOfBoundsError(self.source, f"rank of {module}", rank, self.limits.max_rank)
         out_features, in_features = self.shapes[module]
-        expected = [rank, in_features] if side == "A" else [out_features, rank]
-        if list(tensor["shape"]) != expected:
-            raise ShapeMismatchError(
-                self.source,
-                f"{key} has shape {list(tensor['shape'])}, expected {expected} "
-                f"(rank {rank} by its configuration, {in_features} -> {out_features} in the base model)",
-            )
-        if not _finite(tensor["dtype"], tensor["data"], key, self.source):
-            raise NonFiniteWeightsError(self.source, f"{key} holds NaN or infinity")
+        for side, expected in (("A", [rank, in_features]), ("B", [out_features, rank])):
+            found = list(pair[side]["shape"])
+            if found != expected:
+                raise ShapeMismatchError(
+                    self.source,
+                    f"{_key(module, side)} has shape {shown(found)}, expected {expected} "
+                    f"(rank {rank} by its configuration, {in_features} -> {out_features} in the base model)",
+                )
+
+    def _measure(self, pairs: dict[str, dict[str, Any]], config: AdapterConfig) -> dict[str, float]:
+        """The largest absolute value of every factor, by key, and the norms. Lets go of each pair when done with it."""
+        largest: dict[str, float] = {}
+        for module in self.modules:
+            pair = pairs.pop(module)
+            a, b = _numbers(pair["A"]), _numbers(pair["B"])
+            for side, values in (("A", a), ("B", b)):
+                key = _key(module, side)
+                largest[key] = max(float(values.max()), -float(values.min()))
+                if not math.isfinite(largest[key]):
+                    raise NonFiniteWeightsError(self.source, f"{key} holds NaN or infinity")
+            self.norms[module] = delta_norm(a, b, config.scale(module))
+        return largest
+
+    def _check_bounds(self, largest: Mapping[str, float], config: AdapterConfig) -> None:
+        for what, found, limit in self._bounds(largest, config):
+            if not found <= limit:  # nor is NaN within a limit
+                raise OutOfBoundsError(self.source, what, found, limit)
+
+    def _bounds(self, largest: Mapping[str, float], config: AdapterConfig) -> Iterator[tuple[str, float, float]]:
+        scale = "alpha / sqrt(r)" if config.use_rslora else "alpha / r"
+        for module in self.modules:
+            yield f"{scale} of {module}", abs(config.scale(module)), self.limits.max_scale
+        for key, value in largest.items():
+            yield f"largest value of {key}", value, self.limits.max_abs
+        for module, norm in self.norms.items():
+            yield f"norm of the delta of {module}", norm, self.limits.max_delta_norm
 
 
-def _finite(dtype: str, data: bytes, key: str, source: str) -> bool:
-    if dtype == "BF16":
-        # numpy has no bfloat16; an exponent of all ones is NaN or infinity.
-        bits = np.frombuffer(data, dtype="<u2")
-        return bool(((bits & 0x7F80) != 0x7F80).all())
-    if dtype in ("F16", "F32", "F64"):
-        return bool(np.isfinite(np.frombuffer(data, dtype=f"<f{int(dtype[1:]) // 8}")).all())
-    raise UnsupportedFeatureError(source, f"dtype of {key}", dtype)
+def delta_norm(a: _Numbers, b: _Numbers, scale: float) -> float:
+    """Frobenius norm of scale * b a, for a (r, d_in) and b (d_out, r), without forming the product.
+
+    It is the sum over a aT * bT b, two matrices of r x r, in the precision that the factors are given in.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        squared = ((a @ a.T).astype(np.float64) * (b.T @ b)).sum()
+        # Rounding may leave a trace below zero.
+        return abs(scale) * math.sqrt(abs(float(squared)))
+
+
+def _weights_size(folder: Path, source: str, pickle_files: tuple[str, ...], limits: Limits) -> int:
+    path = folder / WEIGHTS_FILE
+    try:
+        if not path.is_file():
+            pickles = pickle_files or tuple(sorted(file.name for file in folder.glob("adapter_model*.bin")))
+            raise _missing(pickles, source)
+        size = path.stat().st_size
+    except OSError as error:
+        raise DamagedWeightsError(source, f"{WEIGHTS_FILE} cannot be read: {error.strerror or error}") from error
+    if size > limits.max_bytes:
+        raise OutOfBoundsError(source, f"size of {WEIGHTS_FILE} in bytes", size, limits.max_bytes)
+    return size
+
+
+def _missing(pickles: tuple[str, ...], source: str) -> MissingWeightsError:
+    if not pickles:
+        return MissingWeightsError(source, f"there is no {WEIGHTS_FILE}")
+    return UnsafeWeightsError(
+        source,
+        f"its weights are a pickle ({', '.join(map(printable, pickles[:5]))}), which can run code; "
+        f"ask its author for {WEIGHTS_FILE}, or convert it where you trust it",
+    )
+
+
+def _read(folder: Path, size: int, source: str) -> bytes:
+    try:
+        weights = read_regular(folder / WEIGHTS_FILE, size + 1)
+    except OSError as error:
+        raise DamagedWeightsError(source, f"{WEIGHTS_FILE} cannot be read: {error.strerror or error}") from error
+    if len(weights) != size:
+        raise DamagedWeightsError(source, f"{WEIGHTS_FILE} changed while it was read; try again")
+    return weights
+
+
+def _parse(weights: bytes, source: str, limits: Limits) -> dict[str, dict[str, Any]]:
+    import safetensors
+
+    header = int.from_bytes(weights[:8], "little")
+    if header > limits.header_bytes:
+        raise DamagedWeightsError(
+            source, f"{WEIGHTS_FILE} claims a header of {header} bytes, the limit is {limits.header_bytes}"
+        )
+    read: Any = safetensors.deserialize  # the extension carries no types
+    try:
+        tensors = dict(read(weights))
+        # The library takes the last of two tensors of one name, other readers the first.
+        strict_json(weights[8 : 8 + header])
+    except (safetensors.SafetensorError, ValueError, OverflowError, MemoryError) as error:
+        raise DamagedWeightsError(source, f"{WEIGHTS_FILE} cannot be read: {printable(str(error))}") from error
+    return tensors
+
+
+def _key(module: str, side: str) -> str:
+    return f"base_model.model.{module}.lora_{side}.weight"
+
+
+def _numbers(tensor: Mapping[str, Any]) -> _Numbers:
+    """A tensor's values in a dtype that numpy can multiply quickly: float64 stays, all others become float32."""
+    values: Any = np.frombuffer(tensor["data"], dtype=_NUMPY[tensor["dtype"]]).reshape(tensor["shape"])
+    if tensor["dtype"] == "BF16":
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    wide: _Numbers = values if tensor["dtype"] == "F64" else values.astype(np.float32, copy=False)
+    return wide
