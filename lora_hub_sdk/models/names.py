@@ -64,8 +64,10 @@ def canonical_name(name: str | os.PathLike[str]) -> str:
     Adapters name their base by whatever string was typed when they were trained; comparing these strings as they
     stand refuses good adapters and accepts none of the short names.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path.resolve())
+    # The functions of os.path have an answer for every text, those of pathlib raise for "~nobody" and for NUL; and an
+    # empty name is no folder, not even this one.
+    path = os.path.expanduser(name) if os.fspath(name) else ""
+    if path and "\0" not in path and os.path.isdir(path):
+        return str(Path(path).resolve())
     known = embedded(str(name))
     return known.hub_id if known else str(name)

@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import threading
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,24 @@ class HubCache:
         with contextlib.suppress(OSError):
             note.parent.mkdir(parents=True, exist_ok=True)
             note.touch()
+
+    def lease(self, repo_id: str, sha: str, *, wait: bool = True) -> AbstractContextManager[object]:
+        """Keeps a commit's files from being collected while they are pulled and registered; of one process at a time.
+
+        The operating system ends the lease of a process that was killed.
+
+        Raises:
+            filelock.Timeout: on entering without ``wait``, while somebody else has it.
+        """
+        from filelock import FileLock
+
+        file = self._storage(repo_id).parent / ".locks" / self._storage(repo_id).name / f"lora_hub-{sha}.lock"
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        except OSError:  # nobody can collect anything from a cache that cannot be written
+            return contextlib.nullcontext()
+        return FileLock(file, timeout=-1 if wait else 0, thread_local=False)
 
     def _storage(self, repo_id: str) -> Path:
         from huggingface_hub.constants import HF_HUB_CACHE

@@ -39,6 +39,17 @@ def is_outage(error: Exception) -> bool:
     return isinstance(error, _HTTP_ERROR)
 
 
+def wait_asked(error: Exception) -> float:
+    """Seconds that an overloaded Hub asks to be left alone; 0 where it names none."""
+    if not isinstance(error, hf.HfHubHTTPError):
+        return 0.0
+    headers = error.response.headers
+    # The draft standard that huggingface.co follows: nothing remaining, and the seconds until there is again.
+    limit = re.search(r";\s*r=0\s*;\s*t=(\d{1,9})", headers.get("RateLimit", ""))
+    asked = limit[1] if limit else headers.get("Retry-After", "")
+    return float(asked) if re.fullmatch(r"\d{1,9}", asked) else 0.0
+
+
 def is_unreachable(error: Exception) -> bool:
     """Whether the Hub had no say, so that the last answer it gave still stands."""
     return is_outage(error) or isinstance(error, hf.OfflineModeIsEnabled)

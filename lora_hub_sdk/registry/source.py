@@ -7,15 +7,18 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
+from urllib.parse import quote, urlsplit
 
 from lora_hub_sdk.errors import (
     AdmissionError,
     ConfigurationError,
     DownloadError,
+    OutOfBoundsError,
     RepoAccessError,
     RepoNotFoundError,
     SourceError,
@@ -34,8 +37,11 @@ CARD: Final = "README.md"
 _SHA = re.compile(r"[0-9a-f]{40}")
 _PICKLED_WEIGHTS = re.compile(r"(adapter_model|pytorch_model|pytorch_lora_weights).*\.(bin|pt|pth|pkl|ckpt)")
 _LOOKS_LIKE_A_PATH = re.compile(r"[/.~]|[A-Za-z]:|.*\\", re.DOTALL)
-#: Seconds before the second and the third try.
+#: Seconds before the second and the third try, and the longest that a Hub's own "Retry-After" is waited for.
 _WAITS = (0.2, 0.6)
+_LONGEST_WAIT = 10.0
+#: Seconds for one answer held in memory, so that a Hub that sends a byte now and then does not hold us for ever.
+_LONGEST_ANSWER = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,14 @@ class Pulled:
     pickle_files: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the Hub sent. ``next_query`` asks for a listing's next page, None on its last."""
+
+    body: bytes
+    next_query: str | None = None
+
+
 class HubSource:
     """Pulls adapters from a Hub or from folders. It keeps no state of its own and is thread-safe.
 
@@ -67,6 +81,8 @@ class HubSource:
         timeout: seconds that the Hub may stay silent when asked for a revision or for a file's metadata.
             Silence in the middle of a file is bounded by huggingface_hub's own HF_HUB_DOWNLOAD_TIMEOUT.
         limits: weights larger than these are not downloaded at all.
+        offline: make no request at all; only what is in the cache can be pulled.
+        note_pull: told (snapshot folder, repository, commit) before a commit that was not there is put into the cache.
 
     Raises:
         ConfigurationError: the token cannot be sent in a header.
@@ -80,6 +96,8 @@ class HubSource:
         cache_dir: Path | None = None,
         timeout: float = 10.0,
         limits: Limits | None = None,
+        offline: bool = False,
+        note_pull: Callable[[Path, str, str], None] | None = None,
     ) -> None:
         # The HTTP library would quote such a token in its own message.
         if token is not None and not re.fullmatch(r"[!-~]+", token):
@@ -89,8 +107,10 @@ class HubSource:
         self._cache = HubCache(cache_dir)
         self._timeout = timeout
         self._limits = limits or Limits()
+        self._offline = offline
+        self._note_pull = note_pull
 
-    def pull(self, reference: str | Path, revision: str | None = None) -> Pulled:
+    def pull(self, reference: str | Path, revision: str | None = None, *, lease: ExitStack | None = None) -> Pulled:
         """Put the configuration, the weights and the card of an adapter on disk.
 
         A folder that exists is taken as it stands. Everything else is a repository: its revision is resolved
@@ -100,6 +120,7 @@ class HubSource:
         Args:
             reference: a repository id, or a folder.
             revision: branch, tag or commit of a repository; None for its main branch.
+            lease: until it is closed, nobody collects the commit's files; the same commit is pulled by one at a time.
 
         Raises:
             ConfigurationError: an empty reference, or a revision for a local folder.
@@ -107,7 +128,7 @@ class HubSource:
             RepoAccessError: private or gated, and the token does not open it. Without a token, the Hub gives
                 one answer for missing and for private repositories; that error is of both types.
             RevisionNotFoundError: the repository has no such revision.
-            UnsupportedFeatureError: the weights are larger than the limit.
+            OutOfBoundsError: the weights are larger than the limit.
             DownloadError: anything else that kept the files from being complete on disk.
         """
         text = str(reference)
@@ -126,38 +147,112 @@ class HubSource:
                 repo_id=text,
                 revision=revision,
             )
+        with ExitStack() as own:
+            return self._translated(partial(self._pull_repo, text, revision, lease or own), text, revision)
+
+    def fetch(
+        self, repo_id: str, path: str, revision: str, *, max_bytes: int, kind: Literal["models", "datasets"] = "models"
+    ) -> bytes:
+        """One file of a repository, in memory and never on disk.
+
+        Raises:
+            OutOfBoundsError: it is larger than ``max_bytes``.
+            UnsupportedFeatureError: its name leads out of the repository.
+            SourceError: as ``pull``.
+        """
+        if not path or any(part in ("", ".", "..") for part in path.split("/")):
+            raise UnsupportedFeatureError(repo_id, "file name", path)
+        owner = "" if kind == "models" else f"/{kind}"
+        place = f"{owner}/{quote(repo_id)}/resolve/{quote(revision, safe='')}/{quote(path)}"
+        return self.get(place, asked=repo_id, revision=revision, max_bytes=max_bytes).body
+
+    def get(
+        self, path: str, *, asked: str, query: str = "", revision: str | None = None, max_bytes: int = 10 << 20
+    ) -> Answer:
+        """What the Hub answers at ``path``, held in memory.
+
+        Unlike with HfApi, which has no time limit for listings and no size limit for anything, the Hub may stay silent
+        for ``timeout`` seconds only, and send no more than ``max_bytes``.
+
+        Args:
+            asked: what an error says was asked for; where it is asked of a repository, its id.
+
+        Raises:
+            OutOfBoundsError: the answer is larger.
+            SourceError: as ``pull``.
+        """
+        from lora_hub_sdk.registry._source_errors import is_outage
+
+        once = partial(self._get_once, path, query, asked, revision, max_bytes)
+        return self._translated(lambda: _retried(once, is_outage), asked, revision)
+
+    def _translated(self, call: Callable[[], _T], asked: str, revision: str | None) -> _T:
         # The one border to a client that raises the types of three libraries: whatever comes, leaves as ours.
         try:
-            return self._pull_repo(text, revision)
+            return call()
         except (SourceError, AdmissionError):
             raise
         except Exception as error:
             from lora_hub_sdk.registry._source_errors import translate
 
-            raise translate(error, repo_id=text, revision=revision, token=self._token) from error
+            raise translate(error, repo_id=asked, revision=revision, token=self._token) from error
 
-    def _pull_repo(self, repo_id: str, revision: str | None) -> Pulled:
+    def _get_once(self, path: str, query: str, asked: str, revision: str | None, max_bytes: int) -> Answer:
+        if self._offline:
+            raise _offline_error(asked, revision)
+        from huggingface_hub import constants, get_session, utils
+
+        client: Any = utils  # its public functions are not marked as exported
+        headers = client.build_hf_headers(token=self._token, library_name="lora_hub_sdk")
+        # Packed content could be a thousand times larger than what is counted on the way.
+        headers["Accept-Encoding"] = "identity"
+        url = f"{self._endpoint or constants.ENDPOINT}{path}{'?' if query else ''}{query}"
+        deadline = time.monotonic() + _LONGEST_ANSWER
+        body = bytearray()
+        with get_session().stream("GET", url, headers=headers, timeout=self._timeout) as response:
+            client.hf_raise_for_status(response)
+            for chunk in response.iter_raw():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise OutOfBoundsError(asked, "its size in bytes, of which no more was read,", len(body), max_bytes)
+                if time.monotonic() > deadline:
+                    raise DownloadError(f"{asked!r} did not arrive in {_LONGEST_ANSWER:g} s", repo_id=asked)
+            # Only the link's query: a token goes nowhere but to the endpoint.
+            following = response.links.get("next", {}).get("url")
+        return Answer(bytes(body), urlsplit(following).query if following else None)
+
+    def _pull_repo(self, repo_id: str, revision: str | None, lease: ExitStack) -> Pulled:
         from lora_hub_sdk.registry._source_errors import is_outage, is_unreachable, is_unretried_outage
 
-        pinned = self._from_cache(repo_id, revision) if _SHA.fullmatch(revision or "") else None
-        if pinned is not None:
-            return pinned
+        is_pinned = _SHA.fullmatch(revision or "") is not None
+        cached = self._from_cache(repo_id, revision, lease) if is_pinned or self._offline else None
+        if cached is not None:
+            return cached
+        if self._offline:
+            raise _offline_error(repo_id, revision)
         try:
             sha, listing = _retried(partial(self._ask, repo_id, revision), is_outage)
         except Exception as error:
-            last_known = self._from_cache(repo_id, revision) if is_unreachable(error) else None
+            # A pinned commit was looked for above, and its lease cannot be taken twice.
+            can_be_old = is_unreachable(error) and not is_pinned
+            last_known = self._from_cache(repo_id, revision, lease) if can_be_old else None
             if last_known is None:
                 raise
             _log.warning("the Hub is unreachable; %s is the cached %s", repo_id, last_known.revision)
             return last_known
         size = listing.get(WEIGHTS_FILE) or 0
         if size > self._limits.max_bytes:
-            raise UnsupportedFeatureError(repo_id, "size in bytes", size)
+            raise OutOfBoundsError(repo_id, "size in bytes", size, self._limits.max_bytes)
+        if sha != revision:  # that one is held already
+            lease.enter_context(self._cache.lease(repo_id, sha))
+        folder = self._cache.snapshot(repo_id, sha)
+        # What lay there before was put there by somebody else, and is theirs to remove.
+        if self._note_pull is not None and not folder.exists():
+            self._note_pull(folder, repo_id, sha)
         # Not snapshot_download: it lists the repository without a time limit; 2.x also hides why that failed.
         for name in (CARD, CONFIG_FILE, WEIGHTS_FILE):
             _retried(partial(self._download, repo_id, sha, name, listing), is_unretried_outage)
         self._cache.note_branch(repo_id, revision or "main", sha)
-        folder = self._cache.snapshot(repo_id, sha)
         folder.mkdir(parents=True, exist_ok=True)
         return _pulled(folder, repo_id, sha, names=listing)
 
@@ -214,21 +309,41 @@ class HubSource:
                 revision=sha,
             )
 
-    def _from_cache(self, repo_id: str, revision: str | None) -> Pulled | None:
-        folder = self._cache.find(repo_id, revision, needed=(WEIGHTS_FILE, CONFIG_FILE), asked=(CARD,))
+    def _from_cache(self, repo_id: str, revision: str | None, lease: ExitStack) -> Pulled | None:
+        find = partial(self._cache.find, repo_id, needed=(WEIGHTS_FILE, CONFIG_FILE), asked=(CARD,))
+        sha = revision
+        if not _SHA.fullmatch(revision or ""):
+            last = find(revision)
+            sha = None if last is None else last.name
+        if sha is None:
+            return None
+        lease.enter_context(self._cache.lease(repo_id, sha))
+        folder = find(sha)  # it may have been collected while this waited
         return None if folder is None else _pulled(folder, repo_id, folder.name, names=(WEIGHTS_FILE,))
 
 
 def _retried(call: Callable[[], _T], passes: Callable[[Exception], bool]) -> _T:
     """The answer of ``call``, tried again after errors that may pass."""
+    from lora_hub_sdk.registry._source_errors import wait_asked
+
     for wait in _WAITS:
         try:
             return call()
         except Exception as error:
-            if not passes(error):
+            asked = wait_asked(error)
+            if not passes(error) or asked > _LONGEST_WAIT:
                 raise
-        time.sleep(wait)
+        time.sleep(max(wait, asked))
     return call()
+
+
+def _offline_error(repo_id: str, revision: str | None) -> DownloadError:
+    at = f" at revision {revision!r}" if revision else ""
+    return DownloadError(
+        f"{repo_id!r}{at} is not in the cache, and offline mode allows no request; pull it once while online",
+        repo_id=repo_id,
+        revision=revision,
+    )
 
 
 def _from_folder(folder: Path) -> Pulled:

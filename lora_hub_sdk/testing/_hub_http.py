@@ -1,4 +1,4 @@
-"""The Hub's HTTP protocol, as far as huggingface_hub, transformers and peft speak it to model repositories.
+"""The Hub's HTTP protocol, as far as huggingface_hub, transformers and peft speak it to models and datasets.
 
 The real Hub is the reference: status codes, headers and JSON fields are the ones it sends.
 """
@@ -9,9 +9,10 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, ClassVar, Final
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 from lora_hub_sdk.testing._hub_store import Commit, Repo, StoredFile
 
@@ -19,14 +20,23 @@ if TYPE_CHECKING:
     from lora_hub_sdk.testing.local_hub import LocalHub
 
 _REPO = r"(?P<repo>[^/]+(?:/[^/]+)?)"
+_KIND = "(?P<kind>models|datasets)"
 _ROUTES: Final = (
-    ("list_models", re.compile(r"/api/models/?")),
-    ("model_info", re.compile(rf"/api/models/{_REPO}/revision/(?P<revision>[^/]+)")),
-    ("tree", re.compile(rf"/api/models/{_REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.*))?")),
-    ("paths_info", re.compile(rf"/api/models/{_REPO}/paths-info/(?P<revision>[^/]+)")),
-    ("model_info", re.compile(rf"/api/models/{_REPO}")),
+    ("list_repos", re.compile(rf"/api/{_KIND}/?")),
+    ("repo_info", re.compile(rf"/api/{_KIND}/{_REPO}/revision/(?P<revision>[^/]+)")),
+    ("tree", re.compile(rf"/api/{_KIND}/{_REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.*))?")),
+    ("paths_info", re.compile(rf"/api/{_KIND}/{_REPO}/paths-info/(?P<revision>[^/]+)")),
+    ("repo_info", re.compile(rf"/api/{_KIND}/{_REPO}")),
+    # Before the models, among which "datasets" would be an owner.
+    ("resolve", re.compile(rf"/(?P<kind>datasets)/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")),
     ("resolve", re.compile(rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")),
 )
+#: What a listing is sorted by, always from the largest.
+_SORTS: Final = ("downloads", "likes", "lastModified", "createdAt", "trendingScore")
+#: What a listing tells of a repository unless it is asked for more.
+_LISTED: Final = (
+    "_id", "id", "modelId", "likes", "private", "downloads", "tags", "pipeline_tag", "library_name", "createdAt",
+)  # fmt: skip
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 _CHUNK = 1 << 16
 
@@ -102,56 +112,78 @@ class Handler(BaseHTTPRequestHandler):
                 return
         raise HubError(404, "Sorry, we can't find the page you are looking for.")
 
-    def _list_models(self) -> None:
+    def _list_repos(self, kind: str) -> None:
+        self.hub.meet_faults()
         search = [text.lower() for text in self._query.get("search", [])]
-        author, limit = self._option("author"), self._option("limit")
+        author, sort = self._option("author"), self._option("sort")
         wanted = set(self._query.get("filter", []))
         found = [
-            _info(repo, commit, full=False)
-            for repo in self.hub.repos()
+            _info(repo, commit)
+            for repo in self.hub.repos(kind)
             if (commit := repo.find("main")) is not None
             and (not repo.private or self._is_authorized())
             and all(text in repo.id.lower() for text in search)
             and (author is None or repo.id.partition("/")[0] == author)
             and wanted <= set(commit.tags())
         ]
-        self._send_json(found[: int(limit)] if limit else found)
+        if sort is not None:
+            if sort not in _SORTS:
+                raise HubError(400, f'"sort" must be one of {", ".join(_SORTS)}')
+            found.sort(key=lambda info: info[sort], reverse=True)
+        start = int(self._option("cursor") or 0)
+        stop = start + min(int(self._option("limit") or self.hub.page_size), self.hub.page_size)
+        link = {} if stop >= len(found) else {"Link": f'<{self._next_page(stop)}>; rel="next"'}
+        self._send_json([self._told(info) for info in found[start:stop]], headers=link)
 
-    def _model_info(self, repo: str, revision: str = "main") -> None:
-        found, commit = self._open(repo, revision)
-        info = _info(found, commit, full=True, sizes=self._flag("blobs"))
+    def _told(self, info: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a listed repository that were asked for."""
+        asked = {"_id", "id", *self._query["expand"]} if "expand" in self._query else set(_LISTED)
+        if self._flag("full"):
+            asked |= info.keys() - {"cardData"}
+        if self._flag("cardData"):
+            asked.add("cardData")
+        return {key: value for key, value in info.items() if key in asked}
+
+    def _next_page(self, start: int) -> str:
+        # The real Hub's cursor is opaque, and its link repeats the rest of the question.
+        query = urlencode({**self._query, "cursor": [str(start)]}, doseq=True)
+        return f"{self.hub.url}{self._target.path}?{query}"
+
+    def _repo_info(self, kind: str, repo: str, revision: str = "main") -> None:
+        found, commit = self._open(repo, revision, kind)
+        info = _info(found, commit, sizes=self._flag("blobs"))
         asked = {"_id", "id", *self._query.get("expand", info)}
         self._send_json({key: value for key, value in info.items() if key in asked})
 
-    def _tree(self, repo: str, revision: str, path: str = "") -> None:
-        _, commit = self._open(repo, revision)
+    def _tree(self, kind: str, repo: str, revision: str, path: str = "") -> None:
+        _, commit = self._open(repo, revision, kind)
         below = f"{path.strip('/')}/" if path.strip("/") else ""
         entries = _tree_entries(commit.files, below, recursive=self._flag("recursive"))
         if not entries and below:
             raise HubError(404, "Entry not found", "EntryNotFound", X_Repo_Commit=commit.sha)
         self._send_json(entries)
 
-    def _paths_info(self, repo: str, revision: str) -> None:
-        _, commit = self._open(repo, revision)
+    def _paths_info(self, kind: str, repo: str, revision: str) -> None:
+        _, commit = self._open(repo, revision, kind)
         asked = set(parse_qs(self._body).get("paths", []))
         everything = _tree_entries(commit.files, "", recursive=True)
         self._send_json([entry for entry in everything if entry["path"] in asked])
 
-    def _resolve(self, repo: str, revision: str, path: str) -> None:
-        found, commit = self._open(repo, revision, path)
+    def _resolve(self, repo: str, revision: str, path: str, kind: str = "models") -> None:
+        found, commit = self._open(repo, revision, kind, path)
         if found.gated and not self._is_authorized():
             status = 403 if "Authorization" in self.headers else 401
-            raise HubError(status, "Access to this model is restricted. Ask for access.", "GatedRepo")
+            raise HubError(status, f"Access to this {kind[:-1]} is restricted. Ask for access.", "GatedRepo")
         # A look-up in the commit's own names: no request ever becomes a path on this disk.
         file = commit.files.get(path)
         if file is None:
             raise HubError(404, "Entry not found", "EntryNotFound", X_Repo_Commit=commit.sha)
-        keep = self.hub.truncation(repo, path) if self.command == "GET" else None
+        keep = self.hub.truncation(repo, kind, path) if self.command == "GET" else None
         self._send_file(file, commit.sha, keep)
 
-    def _open(self, repo_id: str, revision: str, path: str | None = None) -> tuple[Repo, Commit]:
-        self.hub.meet_faults(repo_id, path)
-        repo = self.hub.repo(repo_id)
+    def _open(self, repo_id: str, revision: str, kind: str, path: str | None = None) -> tuple[Repo, Commit]:
+        self.hub.meet_faults(repo_id, kind, path)
+        repo = self.hub.repo(repo_id, kind)
         if repo is not None and repo.private and not self._is_authorized():
             # The real Hub does not give away whether a private repository exists.
             if "Authorization" in self.headers:
@@ -223,27 +255,33 @@ def _parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     return start, stop
 
 
-def _info(repo: Repo, commit: Commit, *, full: bool, sizes: bool = False) -> dict[str, Any]:
+def _info(repo: Repo, commit: Commit, *, sizes: bool = False) -> dict[str, Any]:
+    first = min(known.created_at for known in repo.commits.values())
     info: dict[str, Any] = {
         "_id": commit.sha[:24],
         "id": repo.id,
-        "modelId": repo.id,
         "author": repo.id.partition("/")[0],
         "sha": commit.sha,
-        "lastModified": commit.created_at.strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z",
+        "lastModified": _time(commit.created_at),
+        "createdAt": _time(first),
         "private": repo.private,
         "gated": "manual" if repo.gated else False,
         "disabled": False,
-        "downloads": 0,
-        "likes": 0,
+        "downloads": repo.downloads,
+        "likes": repo.likes,
+        "trendingScore": 0,
         "tags": commit.tags(),
-        "library_name": commit.card.get("library_name"),
-        "pipeline_tag": commit.card.get("pipeline_tag"),
     }
-    if full:
-        info["cardData"] = dict(commit.card)
-        info["siblings"] = [_sibling(path, file, sizes=sizes) for path, file in commit.files.items()]
+    if repo.kind == "models":
+        info["modelId"] = repo.id
+        info |= {key: commit.card.get(key) for key in ("library_name", "pipeline_tag")}
+    info["cardData"] = dict(commit.card)
+    info["siblings"] = [_sibling(path, file, sizes=sizes) for path, file in commit.files.items()]
     return info
+
+
+def _time(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
 
 
 def _sibling(path: str, file: StoredFile, *, sizes: bool) -> dict[str, Any]:

@@ -67,11 +67,14 @@ class Commit:
 
 @dataclass(slots=True)
 class Repo:
-    """A repository: commits that stay for good, branches that move."""
+    """A repository: commits that stay for good, branches that move. ``kind`` is "models" or "datasets"."""
 
     id: str
+    kind: str = "models"
     private: bool = False
     gated: bool = False
+    downloads: int = 0
+    likes: int = 0
     branches: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
 
@@ -101,6 +104,13 @@ class Repo:
 def store_folder(folder: Path, blobs: Path) -> dict[str, StoredFile]:
     """Copy the regular files of ``folder`` into ``blobs``; later changes leave old revisions alone."""
     return {path.relative_to(folder).as_posix(): _store(path, blobs) for path in _regular_files(folder)}
+
+
+def store_bytes(content: bytes, blobs: Path) -> StoredFile:
+    """Keep content that comes from no folder."""
+    draft = blobs / "draft"
+    draft.write_bytes(content)
+    return _store(draft, blobs)
 
 
 def _regular_files(folder: Path) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on the loopback interface, over a folder of model repositories.
+"""A Hugging Face Hub on the loopback interface, over a folder of model repositories, and datasets beside them.
 
 For tests and offline demonstrations: the real clients (huggingface_hub 1.x and 2.x, transformers, peft) talk
 to it through ``endpoint=`` or ``HF_ENDPOINT``, and it fails on demand in the ways the real one does.
@@ -11,6 +11,7 @@ import shutil
 import socket
 import tempfile
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,7 @@ from typing import Self
 
 from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.testing._hub_http import Handler, HubError, Server
-from lora_hub_sdk.testing._hub_store import Repo, store_folder
+from lora_hub_sdk.testing._hub_store import Repo, store_bytes, store_folder
 
 _REPO_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*", re.ASCII)
 
@@ -27,11 +28,12 @@ _REPO_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*", re.ASCII)
 class _Fault:
     """An error ``status``, or else a body that ends after ``keep`` bytes; ``left`` None: until healed."""
 
-    repo_id: str
+    repo_id: str | None
     path: str | None
     left: int | None
     status: int | None = None
     keep: int = 0
+    retry_after: int | None = None
 
 
 class LocalHub:
@@ -39,20 +41,24 @@ class LocalHub:
 
     Every ``<owner>/<name>`` folder below ``folder`` is published as branch "main" when the server starts, and
     more can be published at any time. Content is copied, so older revisions stay served whatever happens to
-    the folders. ``token`` opens private and gated repositories; with None nothing does. Thread-safe.
+    the folders. ``token`` opens private and gated repositories; with None nothing does. A listing comes in pages
+    of at most ``page_size`` repositories. Where a repository is named to ``fail`` or ``truncate``, a dataset is
+    "datasets/<owner>/<name>". Thread-safe.
 
     Inside ``with LocalHub(folder) as hub``, clients read from it by ``endpoint=hub.url``. It differs from the
     real Hub in two ways: an unknown repository is a 404 also for callers without a token (there: 401), and LFS
     files come from the same host instead of a CDN.
     """
 
-    def __init__(self, folder: Path | None = None, *, token: str | None = None) -> None:
+    def __init__(self, folder: Path | None = None, *, token: str | None = None, page_size: int = 1000) -> None:
         self.token = token
+        self.page_size = page_size
         self.connections: set[socket.socket] = set()
         self._folder = folder
         self._repos: dict[str, Repo] = {}
         self._faults: list[_Fault] = []
         self._requests: list[tuple[str, str]] = []
+        self._actions: list[tuple[int, Callable[[], object]]] = []
         self._delay = 0.0
         self._closing = threading.Event()
         self._lock = threading.RLock()
@@ -120,24 +126,56 @@ class LocalHub:
     # -- content ---------------------------------------------------------------------------------------------
 
     def publish(
-        self, repo_id: str, folder: Path, *, branch: str = "main", private: bool = False, gated: bool = False
+        self,
+        repo_id: str,
+        folder: Path,
+        *,
+        branch: str = "main",
+        private: bool = False,
+        gated: bool = False,
+        downloads: int = 0,
+        likes: int = 0,
+        hostile: Mapping[str, bytes] | None = None,
     ) -> str:
         """Commit the regular files of ``folder`` on top of ``branch`` and return the commit's 40 hex digits.
 
         The same content on the same parent gives the same digits. Links that leave the folder are left out.
-        ``private`` and ``gated`` hold for the whole repository from now on.
+        ``private``, ``gated``, ``downloads`` and ``likes`` hold for the whole repository from now on.
+
+        Args:
+            hostile: further files, listed and served under exactly these names, whatever a client makes of
+                "../../x", "/etc/x" or content that looks like a link's.
 
         Raises:
             ConfigurationError: ``repo_id`` is no Hub id, or ``folder`` is no folder.
         """
-        if not _REPO_ID.fullmatch(repo_id):
-            raise ConfigurationError(f"{repo_id!r} is no repository id; expected 'owner/name'")
+        return self._publish(Repo(repo_id, "models", private, gated, downloads, likes), folder, branch, hostile)
+
+    def publish_dataset(
+        self,
+        repo_id: str,
+        folder: Path,
+        *,
+        branch: str = "main",
+        private: bool = False,
+        gated: bool = False,
+        hostile: Mapping[str, bytes] | None = None,
+    ) -> str:
+        """As ``publish``, for a dataset repository."""
+        return self._publish(Repo(repo_id, "datasets", private, gated), folder, branch, hostile)
+
+    def _publish(self, asked: Repo, folder: Path, branch: str, hostile: Mapping[str, bytes] | None) -> str:
+        if not _REPO_ID.fullmatch(asked.id):
+            raise ConfigurationError(f"{asked.id!r} is no repository id; expected 'owner/name'")
         if not folder.is_dir():
             raise ConfigurationError(f"{str(folder)!r} cannot be published: it is no folder")
         with self._lock:
-            repo = self._repos.setdefault(repo_id, Repo(repo_id))
-            repo.private, repo.gated = private, gated
-            return repo.commit(store_folder(folder, self._blobs), branch).sha
+            repo = self._repos.setdefault(_key(asked.id, asked.kind), asked)
+            repo.private, repo.gated = asked.private, asked.gated
+            repo.downloads, repo.likes = asked.downloads, asked.likes
+            files = store_folder(folder, self._blobs)
+            files |= {name: store_bytes(content, self._blobs) for name, content in (hostile or {}).items()}
+            return repo.commit(files, branch).sha
 
     def _publish_all(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -149,14 +187,24 @@ class LocalHub:
 
     # -- faults ----------------------------------------------------------------------------------------------
 
-    def fail(self, repo_id: str, *, status: int, path: str | None = None, times: int | None = None) -> None:
+    def fail(
+        self,
+        repo_id: str | None,
+        *,
+        status: int,
+        path: str | None = None,
+        times: int | None = None,
+        retry_after: int | None = None,
+    ) -> None:
         """Answer requests for ``repo_id`` with ``status``: those for one file, or all of them.
 
         Args:
+            repo_id: None for every request, listings included.
             times: how many requests fail before it works again; None: until ``heal``.
+            retry_after: seconds, sent as Retry-After.
         """
         with self._lock:
-            self._faults.append(_Fault(repo_id, path, times, status=status))
+            self._faults.append(_Fault(repo_id, path, times, status=status, retry_after=retry_after))
 
     def truncate(self, repo_id: str, path: str, keep: int, times: int | None = None) -> None:
         """Promise the whole of ``path``, break the connection after its first ``keep`` bytes.
@@ -170,48 +218,69 @@ class LocalHub:
         """Let every answer wait for ``seconds`` from now on."""
         self._delay = seconds
 
+    def after(self, requests: int, action: Callable[[], object]) -> None:
+        """Run ``action`` once, when ``requests`` more have come in and before the next is answered.
+
+        For what changes while a client works, such as a branch: ``hub.after(1, lambda: hub.publish(...))``.
+        """
+        with self._lock:
+            self._actions.append((len(self._requests) + requests, action))
+
     def heal(self) -> None:
-        """Take back every fault and delay."""
+        """Take back every fault, delay, and action that has not run."""
         with self._lock:
             self._faults.clear()
+            self._actions.clear()
             self._delay = 0.0
 
     # -- what the handler asks -------------------------------------------------------------------------------
 
     def record(self, method: str, path: str) -> None:
         with self._lock:
+            count = len(self._requests)
             self._requests.append((method, path))
+            due = [action for at, action in self._actions if at <= count]
+            self._actions = [(at, action) for at, action in self._actions if at > count]
+        for action in due:
+            action()
 
     def pause(self) -> None:
         self._closing.wait(self._delay)
 
-    def repos(self) -> list[Repo]:
+    def repos(self, kind: str) -> list[Repo]:
         with self._lock:
-            return [self._repos[repo_id] for repo_id in sorted(self._repos)]
+            found = [repo for repo in self._repos.values() if repo.kind == kind]
+        return sorted(found, key=lambda repo: repo.id)
 
-    def repo(self, repo_id: str) -> Repo | None:
+    def repo(self, repo_id: str, kind: str) -> Repo | None:
         with self._lock:
-            return self._repos.get(repo_id)
+            return self._repos.get(_key(repo_id, kind))
 
-    def meet_faults(self, repo_id: str, path: str | None) -> None:
-        fault = self._take(repo_id, path, truncating=False)
+    def meet_faults(self, repo_id: str | None = None, kind: str = "models", path: str | None = None) -> None:
+        key = None if repo_id is None else _key(repo_id, kind)
+        fault = self._take(key, path, truncating=False)
         if fault is not None and fault.status is not None:
             code = None
             if fault.status == 404:
                 code = "RepoNotFound" if fault.path is None else "EntryNotFound"
-            raise HubError(fault.status, "Failed on demand", code)
+            wait = {} if fault.retry_after is None else {"Retry_After": str(fault.retry_after)}
+            raise HubError(fault.status, "Failed on demand", code, **wait)
 
-    def truncation(self, repo_id: str, path: str) -> int | None:
-        fault = self._take(repo_id, path, truncating=True)
+    def truncation(self, repo_id: str, kind: str, path: str) -> int | None:
+        fault = self._take(_key(repo_id, kind), path, truncating=True)
         return None if fault is None else fault.keep
 
-    def _take(self, repo_id: str, path: str | None, *, truncating: bool) -> _Fault | None:
+    def _take(self, key: str | None, path: str | None, *, truncating: bool) -> _Fault | None:
         """The first fault that fits the request, used up by one."""
         with self._lock:
             for fault in self._faults:
-                fits = fault.repo_id == repo_id and fault.path in (None, path)
+                fits = fault.repo_id in (None, key) and fault.path in (None, path)
                 if fits and (fault.status is None) == truncating and fault.left != 0:
                     if fault.left is not None:
                         fault.left -= 1
                     return fault
         return None
+
+
+def _key(repo_id: str, kind: str) -> str:
+    return repo_id if kind == "models" else f"{kind}/{repo_id}"

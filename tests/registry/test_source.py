@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import os
@@ -12,25 +13,28 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import huggingface_hub
 import pytest
+from huggingface_hub import constants
 from huggingface_hub import errors as hf
 
 from lora_hub_sdk.errors import (
     ConfigurationError,
     DownloadError,
+    OutOfBoundsError,
     RepoAccessError,
     RepoNotFoundError,
     RevisionNotFoundError,
     SourceError,
-    UnsupportedFeatureError,
 )
 from lora_hub_sdk.registry._source_errors import translate
 from lora_hub_sdk.registry.admission import Limits
 from lora_hub_sdk.registry.source import HubSource, Pulled
 from lora_hub_sdk.testing import LocalHub, _hub_http
 from lora_hub_sdk.testing._hub_store import Commit, Repo
+
+#: The HTTP library under the client: httpx for 1.x, httpx2 for 2.x.
+http = importlib.import_module(hf.HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
 
 REPO = "ann/lora"
 WEIGHTS = "adapter_model.safetensors"
@@ -78,7 +82,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_token_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
 
 
 def source_at(hub: LocalHub, tmp_path: Path, token: str | None = None) -> HubSource:
@@ -359,7 +363,7 @@ def test_a_damaged_cache_is_mended(hub: LocalHub, source: HubSource, damage: byt
 
 def test_weights_over_the_limit_are_not_downloaded(hub: LocalHub, tmp_path: Path) -> None:
     source = HubSource(endpoint=hub.url, cache_dir=tmp_path / "cache", limits=Limits(max_bytes=10))
-    with pytest.raises(UnsupportedFeatureError, match="size in bytes"):
+    with pytest.raises(OutOfBoundsError, match="size in bytes"):
         source.pull(REPO)
     assert not [path for _, path in hub.requests if "/resolve/" in path]
 
@@ -406,7 +410,7 @@ def test_a_branch_comes_from_the_cache_while_the_hub_is_down(
 
 def test_offline_mode(hub: LocalHub, source: HubSource, monkeypatch: pytest.MonkeyPatch) -> None:
     pulled = source.pull(REPO)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
     assert source.pull(REPO) == pulled
     with pytest.raises(DownloadError, match="HF_HUB_OFFLINE"):
@@ -435,7 +439,7 @@ def test_an_incomplete_copy_does_not_count(hub: LocalHub, source: HubSource) -> 
 
 def http_errors() -> list[Exception]:
     found: list[Exception] = []
-    for module in (httpx, hf):
+    for module in (http, hf):
         for _, kind in inspect.getmembers(module, inspect.isclass):
             if issubclass(kind, Exception) and kind.__module__.startswith(("httpx", "huggingface_hub")):
                 found += [instance(kind, status) for status in statuses(kind)]
@@ -453,7 +457,7 @@ def instance(kind: type[Exception], status: int) -> Exception:
     error = kind.__new__(kind, message)
     error.args = (message,)
     if isinstance(error, hf.HfHubHTTPError):
-        error.response = httpx.Response(status, request=httpx.Request("GET", "http://host/x"))
+        error.response = http.Response(status, request=http.Request("GET", "http://host/x"))
     return error
 
 
@@ -492,8 +496,8 @@ def test_no_foreign_error_escapes_and_none_shows_a_secret(
         (hf.HfHubHTTPError, 503, DownloadError),
         (hf.HFValidationError, 0, RepoNotFoundError),
         (hf.OfflineModeIsEnabled, 0, DownloadError),
-        (httpx.ConnectError, 0, DownloadError),
-        (httpx.ReadError, 0, DownloadError),
+        (http.ConnectError, 0, DownloadError),
+        (http.ReadError, 0, DownloadError),
         (OSError, 0, DownloadError),
         (ValueError, 0, DownloadError),
     ],

@@ -317,3 +317,112 @@ def test_transformers_and_peft_load_from_it(hub: LocalHub, tmp_path: Path, monke
     config = AutoConfig.from_pretrained("base/small", cache_dir=tmp_path / "cache")
     assert config.hidden_size == 32
     assert PeftConfig.from_pretrained(REPO, cache_dir=tmp_path / "cache").r == 2
+
+
+# -- listings ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def crowd(tmp_path: Path) -> Iterator[LocalHub]:
+    """Seven adapters in pages of two; adapter n has n downloads."""
+    folder = fill(tmp_path / "folder")
+    with LocalHub(page_size=2) as hub:
+        for number in range(7):
+            hub.publish(f"ann/lora-{number}", folder, downloads=number, likes=-number)
+        yield hub
+
+
+@pytest.mark.parametrize("limit", [None, 1, 2, 3, 7, 100])
+def test_a_listing_comes_in_pages_without_loss_or_repetition(crowd: LocalHub, limit: int | None) -> None:
+    api = HfApi(endpoint=crowd.url, token=False)
+    found = [info.id for info in api.list_models(filter=["lora", "base_model:base/small"], search="LORA", limit=limit)]
+    assert found == [f"ann/lora-{number}" for number in range(7)][:limit]
+    assert len(crowd.requests) == -(-len(found) // 2)
+
+
+def test_a_listing_is_sorted_from_the_largest(crowd: LocalHub) -> None:
+    api = HfApi(endpoint=crowd.url, token=False)
+    by_downloads = [info.downloads for info in api.list_models(sort="downloads")]
+    assert by_downloads == [6, 5, 4, 3, 2, 1, 0]
+    assert [info.downloads for info in api.list_models(sort="likes")] == by_downloads[::-1]
+    times = [info.last_modified for info in api.list_models(sort="last_modified", full=True)]
+    assert times == sorted(times, key=str, reverse=True)
+    assert httpx.get(f"{crowd.url}/api/models?sort=size").status_code == 400
+
+
+def test_a_listing_tells_no_more_than_it_is_asked_for(api: HfApi) -> None:
+    (plain,) = api.list_models()
+    (full,) = api.list_models(full=True)
+    (wanted,) = api.list_models(expand=["sha", "cardData"])
+    sha = api.model_info(REPO).sha
+    assert (plain.sha, plain.siblings, plain.downloads) == (None, None, 0)
+    assert full.sha == wanted.sha == sha
+    assert full.siblings is not None
+    assert wanted.card_data is not None
+    assert (wanted.downloads, full.card_data) == (None, None)
+
+
+# -- datasets ------------------------------------------------------------------------------------------------
+
+
+def test_datasets_live_beside_models_of_the_same_name(hub: LocalHub, api: HfApi, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "train.jsonl").write_text('{"text": "a"}\n')
+    (folder / "README.md").write_text("---\nlicense: mit\ntags: [small]\n---\n")
+    sha = hub.publish_dataset(REPO, folder)
+    info = api.dataset_info(REPO, files_metadata=True)
+    assert info.sha == sha != api.model_info(REPO).sha
+    assert {file.rfilename: file.size for file in info.siblings or ()} == {"README.md": 35, "data/train.jsonl": 14}
+    assert [entry.path for entry in api.list_repo_tree(REPO, "data", repo_type="dataset")] == ["data/train.jsonl"]
+    assert api.dataset_info(REPO, revision=sha[:10]).sha == sha
+    assert [found.id for found in api.list_datasets(filter="small")] == [REPO]
+    assert [found.id for found in api.list_models()] == [REPO]
+    cache = tmp_path / "cache"
+    file = hf_hub_download(REPO, "data/train.jsonl", repo_type="dataset", endpoint=hub.url, cache_dir=cache)
+    assert Path(file).read_text() == '{"text": "a"}\n'
+    with pytest.raises(RepositoryNotFoundError):
+        api.dataset_info("ann/other")
+
+
+def test_faults_and_gates_of_datasets_are_their_own(hub: LocalHub, api: HfApi, tmp_path: Path) -> None:
+    hub.publish_dataset(REPO, fill(tmp_path / "data"), gated=True)
+    hub.fail(f"datasets/{REPO}", status=503, path="README.md", times=1)
+    url = f"{hub.url}/datasets/{REPO}/resolve/main/README.md"
+    opened = {"Authorization": f"Bearer {hub.token}"}
+    assert [httpx.get(url, headers=opened).status_code for _ in range(2)] == [503, 200]
+    assert httpx.get(url).status_code == 401
+    assert resolve(hub, "README.md").status_code == 200
+
+
+# -- what changes and what deceives --------------------------------------------------------------------------
+
+
+def test_too_many_requests_name_the_seconds_to_wait(hub: LocalHub, api: HfApi) -> None:
+    hub.fail(None, status=429, retry_after=7, times=2)
+    answers = [httpx.get(f"{hub.url}/api/models"), resolve(hub, "README.md"), resolve(hub, "README.md")]
+    assert [(answer.status_code, answer.headers.get("Retry-After")) for answer in answers] == [
+        (429, "7"),
+        (429, "7"),
+        (200, None),
+    ]
+
+
+def test_a_branch_moves_between_two_requests(hub: LocalHub, api: HfApi, tmp_path: Path) -> None:
+    folder = fill(tmp_path / "moved", weights=b"moved")
+    hub.after(2, lambda: hub.publish(REPO, folder))
+    shas = [api.model_info(REPO).sha for _ in range(4)]
+    assert shas[0] == shas[1] != shas[2] == shas[3]
+
+
+def test_hostile_names_are_listed_and_served_as_they_stand(hub: LocalHub, api: HfApi, tmp_path: Path) -> None:
+    names = {"../../x": b"up", "/etc/x": b"absolute", "link": b"../../etc/passwd"}
+    hub.publish("ann/hostile", fill(tmp_path / "hostile"), hostile=names)
+    info = api.model_info("ann/hostile", files_metadata=True)
+    assert set(names) <= {file.rfilename for file in info.siblings or ()}
+    assert set(names) <= set(api.list_repo_files("ann/hostile"))
+    with httpx.Client() as client:
+        for name, content in names.items():
+            path = f"/ann/hostile/resolve/main/{name.replace('/', '%2F')}".encode()
+            assert client.get(httpx.URL(hub.url).copy_with(raw_path=path)).content == content
+    assert not (tmp_path.parent / "x").exists()
