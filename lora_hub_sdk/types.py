@@ -16,6 +16,14 @@ Averaged = Literal["outputs", "parameters"]
 #: Where adapters are registered and searched unless a caller says otherwise.
 DEFAULT_NAMESPACE: Final = "default"
 FinishReason = Literal["stop", "length"]
+#: A retired adapter is kept, and neither searched nor used until it is restored.
+AdapterState = Literal["active", "retired"]
+#: What an adapter's vector was made from: samples that somebody gave, a vector that its owner gave, examples found
+#: through its card, or, where there was nothing, a guess from its weights and its card's text.
+Origin = Literal["samples", "owner", "card", "guess"]
+Trust = Literal["high", "medium", "low"]
+#: How far a score of a search can be trusted, by what the adapter's vector was made from.
+TRUST: Final[dict[Origin, Trust]] = {"samples": "high", "owner": "high", "card": "medium", "guess": "low"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +32,9 @@ class Adapter:
 
     ``revision`` is always 40 hex digits: the commit on the Hub, or, for a local folder, the head of ``digest``.
     ``digest`` is the sha256 over configuration and weights; the engine refuses files that no longer have it.
-    ``rank`` is the largest rank of any module; ``alpha`` the configured ``lora_alpha``.
+    ``rank`` is the largest rank of any module; ``alpha`` the configured ``lora_alpha``. ``tags`` are the card's and
+    those given at registration. ``sample_count`` samples made the vector, whether or not their texts were kept. A
+    ``pinned`` adapter is held at its revision.
     """
 
     id: int
@@ -44,6 +54,65 @@ class Adapter:
     folder: Path
     sample_count: int
     created_at: datetime
+    updated_at: datetime
+    state: AdapterState = "active"
+    pinned: bool = False
+    origin: Origin = "samples"
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How an adapter did at a task: measured once, by somebody, on one content.
+
+    ``current`` tells whether it was measured on the content that the adapter has now; only such scores can be
+    searched by.
+    """
+
+    task: str
+    metric: str
+    value: float
+    revision: str
+    recorded_at: datetime
+    current: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Who did what to which adapter, and when. ``detail`` holds plain facts, as the revisions of an update."""
+
+    id: int
+    at: datetime
+    actor: str
+    action: str
+    namespace: str
+    name: str
+    detail: dict[str, str | int | float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class MinScore:
+    """Only adapters that reached ``value`` at a task, by a score recorded for their current content."""
+
+    task: str
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFilter:
+    """Which adapters a search may return; ``base_model`` in canonical spelling.
+
+    ``tags``: those that carry all of them; ``licenses``: one of them; ``exclude``: none of these names; ``scores``: all
+    of them; ``min_trust``: vectors of at least that origin.
+    """
+
+    namespace: str = DEFAULT_NAMESPACE
+    base_model: str | None = None
+    tags: tuple[str, ...] = ()
+    licenses: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    scores: tuple[MinScore, ...] = ()
+    min_trust: Trust = "low"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +121,12 @@ class Hit:
 
     adapter: Adapter
     score: float
+
+    @property
+    def trust(self) -> Trust:
+        """ "low" where the adapter's vector was guessed from its weights and card, "medium" where it comes from
+        examples of its card."""
+        return TRUST[self.adapter.origin]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +192,15 @@ class Routing:
     exclude: tuple[str, ...] = ()
     namespace: str = DEFAULT_NAMESPACE
     tags: tuple[str, ...] = ()
+    licenses: tuple[str, ...] = ()
+    scores: tuple[MinScore, ...] = ()
+    min_trust: Trust = "low"
+
+    def allowed(self, base_model: str) -> AdapterFilter:
+        """The adapters that a search for a route may return."""
+        return AdapterFilter(
+            self.namespace, base_model, self.tags, self.licenses, self.exclude, self.scores, self.min_trust
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import QueuePool
 
 from lora_hub_sdk.errors import ConfigurationError, SchemaError
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
-_BUSY_TIMEOUT_MS = 10_000
+_BUSY_TIMEOUT_MS: Final = 30_000
+#: Held in PostgreSQL while the schema is made, so that of several processes only one makes it. Any constant will do.
+_MIGRATION_LOCK: Final = 0x10A4_4B5D
 
 
 def open_database(database: str) -> Engine:
@@ -30,21 +32,24 @@ def open_database(database: str) -> Engine:
             return create_engine(url, pool_pre_ping=True)
         file = sqlite_file(url)
         if file is None:
-            # One connection for all threads, since every new one would be an empty database of its own.
-            engine = create_engine(url, poolclass=StaticPool, connect_args={"check_same_thread": False})
+            # One connection, lent to one thread at a time: every further one would be an empty database of its own.
+            once: dict[str, Any] = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}
+            engine = create_engine(url, connect_args={"check_same_thread": False}, **once)
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
             engine = create_engine(url)
     except (ArgumentError, ImportError) as error:
         raise ConfigurationError(f"database {database!r} cannot be opened: {error}") from error
-    event.listen(engine, "connect", _set_pragmas)
+    event.listen(engine, "connect", _set_up_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 
 def database_url(database: str) -> URL:
-    """The SQLAlchemy URL of a file path, ":memory:", or a URL."""
+    """The SQLAlchemy URL of a file path, ":memory:", or a URL; PostgreSQL is spoken by psycopg."""
     if "://" in database:
-        return make_url(database)
+        url = make_url(database)
+        return url.set(drivername="postgresql+psycopg") if url.drivername in ("postgres", "postgresql") else url
     name = database if database == ":memory:" else str(Path(database).expanduser())
     return URL.create("sqlite", database=name)
 
@@ -56,7 +61,10 @@ def sqlite_file(url: URL) -> Path | None:
     return Path(str(url.database))
 
 
-def _set_pragmas(connection: Any, _record: object) -> None:
+def _set_up_sqlite(connection: Any, _record: object) -> None:
+    # Python's driver begins transactions by itself, but not before it creates or drops tables: half a migration would
+    # stay after a crash. It is told not to, and every transaction is begun below.
+    connection.isolation_level = None
     cursor = connection.cursor()
     for pragma in (
         "foreign_keys=ON",
@@ -66,6 +74,10 @@ def _set_pragmas(connection: Any, _record: object) -> None:
     ):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN")
 
 
 def ensure_schema(engine: Engine) -> None:
@@ -134,6 +146,8 @@ def migrations_folder() -> Path:
 
 def _run(engine: Engine, config: Config, action: Any) -> None:
     with engine.begin() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text(f"select pg_advisory_xact_lock({_MIGRATION_LOCK})"))
         config.attributes["connection"] = connection
         action(config, "head")
 

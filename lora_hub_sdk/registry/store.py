@@ -2,264 +2,271 @@
 
 from __future__ import annotations
 
-import difflib
 import uuid
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
-from sqlalchemy import Engine, Integer, Select, Text, cast, select, update
+from sqlalchemy import Engine, Integer, Text, cast, delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from lora_hub_sdk.errors import AdapterNotFoundError, NameTakenError
-from lora_hub_sdk.registry.admission import Admitted
-from lora_hub_sdk.registry.source import Pulled
-from lora_hub_sdk.registry.tables import AdapterRow, EmbeddingRow, EncoderRow, MetaRow, SampleRow
-from lora_hub_sdk.types import Adapter
+from lora_hub_sdk.errors import AdapterNotFoundError, ConflictError, NameTakenError
+from lora_hub_sdk.registry.index import Vector
+from lora_hub_sdk.registry.queries import VERSION, SqlQueries, load_adapter, read_version
+from lora_hub_sdk.registry.records import (
+    Registration,
+    Representation,
+    adapter_row,
+    embedding_row,
+    revision_row,
+    sample_rows,
+    tag_rows,
+)
+from lora_hub_sdk.registry.tables import (
+    AdapterRow,
+    EmbeddingRow,
+    EncoderRow,
+    EventRow,
+    MetaRow,
+    NamespaceRow,
+    PullRow,
+    RevisionRow,
+    SampleRow,
+    ScoreRow,
+    TagRow,
+)
+from lora_hub_sdk.types import Adapter, AdapterState
 
-Vector = NDArray[np.float32]
 _REGISTRY_ID: Final = "registry_id"
-_VERSION: Final = "version"
+Detail = Mapping[str, str | int | float | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Registration:
-    """Everything that one registration writes, in one transaction. ``base_model`` in canonical spelling."""
+class _Change:
+    """One transaction that writes. It holds the registry's write lock, so what it reads stays true until it commits."""
 
-    name: str
-    namespace: str
-    pulled: Pulled
-    admitted: Admitted
-    base_model: str
-    description: str | None
-    tags: tuple[str, ...]
-    samples: tuple[str, ...]
-    vector: Vector
-    origin: Literal["samples", "owner"]
-    encoder: str
-    encoder_name: str
+    session: Session
+    version: int
+    actor: str
+    now: datetime
 
+    def note(self, action: str, row: AdapterRow, **detail: str | int | float | None) -> None:
+        """Leave an event, by which people and vector indexes learn of the change."""
+        event = EventRow(
+            version=self.version,
+            at=self.now,
+            actor=self.actor,
+            action=action,
+            adapter_id=row.id,
+            namespace=row.namespace,
+            name=row.name,
+            detail=detail,
+        )
+        self.session.add(event)
 
-@dataclass(frozen=True, slots=True)
-class Embedding:
-    """One adapter's vector, with what the vector index filters by."""
-
-    adapter_id: int
-    namespace: str
-    base_model: str
-    vector: Vector
-
-
-class SqlStore:
-    """Adapters, samples, encoders and vectors in SQL. Thread-safe: every call has its own session."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.registry_id = self._ensure_id()
-
-    def version(self) -> int:
-        """A number that every change of adapters or vectors raises by one, whichever process makes it."""
-        with Session(self._engine) as session:
-            return _version(session)
-
-    def add(self, registration: Registration) -> tuple[Adapter, int]:
-        """Write a registration, all of it or nothing; returns the adapter and the version that it made.
+    def row(self, adapter: Adapter) -> AdapterRow:
+        """The row of an adapter that somebody read earlier.
 
         Raises:
-            NameTakenError: another process took the name in between.
+            AdapterNotFoundError: it was removed meanwhile.
         """
-        row = _new_row(registration)
-        try:
-            with Session(self._engine, expire_on_commit=False) as session, session.begin():
-                version = _raise_version(session)
-                _ensure_encoder(session, registration.encoder, registration.encoder_name, registration.vector)
-                session.add(row)
-        except IntegrityError as error:
-            raise NameTakenError(
-                f"the name {registration.name!r} was taken in namespace {registration.namespace!r} meanwhile"
-            ) from error
-        return _adapter(row), version
+        row = self.session.get(AdapterRow, adapter.id)
+        if row is None:
+            raise AdapterNotFoundError(adapter.name, namespace=adapter.namespace)
+        return row
 
-    def find(self, name: str, namespace: str) -> Adapter | None:
-        """The adapter of that name, or None."""
-        with Session(self._engine) as session:
-            row = session.scalars(_named(name, namespace)).one_or_none()
-            return None if row is None else _adapter(row)
-
-    def get(self, name: str, namespace: str) -> Adapter:
-        """The adapter of that name.
-
-        Raises:
-            AdapterNotFoundError: with names that look alike.
-        """
-        adapter = self.find(name, namespace)
-        if adapter is None:
-            names = [other.name for other in self.adapters(namespace)]
-            raise AdapterNotFoundError(name, namespace=namespace, similar=difflib.get_close_matches(name, names, n=3))
+    def adapter(self, row: AdapterRow) -> Adapter:
+        """What was written, as it travels."""
+        self.session.flush()
+        adapter = load_adapter(self.session, row.id)
+        assert adapter is not None
         return adapter
 
-    def adapters(self, namespace: str | None = None, base_model: str | None = None) -> list[Adapter]:
-        """Adapters by name."""
-        query = select(AdapterRow).order_by(AdapterRow.namespace, AdapterRow.name)
-        if namespace is not None:
-            query = query.where(AdapterRow.namespace == namespace)
-        if base_model is not None:
-            query = query.where(AdapterRow.base_model == base_model)
-        with Session(self._engine) as session:
-            return [_adapter(row) for row in session.scalars(query)]
 
-    def base_models(self) -> set[str]:
-        """The base models that adapters are registered for."""
-        with Session(self._engine) as session:
-            return set(session.scalars(select(AdapterRow.base_model).distinct()))
+class SqlStore(SqlQueries):
+    """Adapters, revisions, samples, encoders, vectors, scores and events in SQL. Thread-safe.
 
-    def by_ids(self, ids: Iterable[int]) -> dict[int, Adapter]:
-        """Adapters by id; ids that are gone are left out."""
-        with Session(self._engine) as session:
-            rows = session.scalars(select(AdapterRow).where(AdapterRow.id.in_(set(ids))))
-            return {row.id: _adapter(row) for row in rows}
+    Writers take turns, across threads and processes: the first statement of each of their transactions raises the
+    version, whose row one transaction at a time can hold.
 
-    def samples(self, adapter: Adapter) -> tuple[str, ...]:
-        """The texts that an adapter was registered with."""
-        query = select(SampleRow.text).where(SampleRow.adapter_id == adapter.id).order_by(SampleRow.position)
-        with Session(self._engine) as session:
-            return tuple(session.scalars(query))
+    Args:
+        actor: who is written into the events.
+    """
+
+    def __init__(self, engine: Engine, actor: str) -> None:
+        super().__init__(engine)
+        self._actor = actor
+        self.registry_id = self._ensure_id()
+
+    def add(self, registration: Registration) -> Adapter:
+        """Write a registration, all of it or nothing.
+
+        Raises:
+            NameTakenError: the name is there already, whoever wrote it.
+        """
+        with self._change() as change:
+            session, namespace = change.session, registration.namespace
+            taken = select(AdapterRow.id).where(AdapterRow.name == registration.name, AdapterRow.namespace == namespace)
+            if session.scalar(taken) is not None:
+                raise NameTakenError(f"the name {registration.name!r} is taken in namespace {namespace!r}")
+            if session.get(NamespaceRow, namespace) is None:
+                session.add(NamespaceRow(name=namespace, created_at=change.now))
+                session.flush()
+            row = adapter_row(registration, change.now)
+            session.add(row)
+            session.flush()
+            session.add(revision_row(row.id, registration, change.now))
+            session.add_all(tag_rows(row.id, registration.pulled.tags, registration.tags))
+            if registration.representation is not None:
+                _represent(session, row, registration.representation)
+            change.note("registered", row, revision=registration.revision, origin=row.origin)
+            return change.adapter(row)
+
+    def replace(self, known: Adapter, registration: Registration) -> Adapter:
+        """Move an adapter to another revision; the one before stays as history.
+
+        Args:
+            known: the adapter as it was when the new revision was decided on.
+            registration: without a representation, samples and vectors stay as they are.
+
+        Raises:
+            ConflictError: the adapter has another revision by now.
+            AdapterNotFoundError: it was removed meanwhile.
+        """
+        with self._change() as change:
+            session, row = change.session, change.row(known)
+            before = change.adapter(row)
+            if (before.revision, before.digest) != (known.revision, known.digest):
+                raise ConflictError(
+                    f"{known.name!r} was at revision {known.revision[:12]}, is at {before.revision[:12]} by now; "
+                    "nothing was written, update it again"
+                )
+            session.execute(update(RevisionRow).where(RevisionRow.adapter_id == row.id).values(current=False))
+            session.execute(delete(TagRow).where(TagRow.adapter_id == row.id))
+            session.add(revision_row(row.id, registration, change.now))
+            session.add_all(tag_rows(row.id, registration.pulled.tags, registration.tags))
+            row.follows, row.description, row.updated_at = registration.follows, registration.description, change.now
+            if registration.representation is not None:
+                for table in (SampleRow, EmbeddingRow):
+                    session.execute(delete(table).where(table.adapter_id == row.id))
+                _represent(session, row, registration.representation)
+            change.note("updated", row, before=before.revision, revision=registration.revision)
+            return change.adapter(row)
+
+    def set_state(self, adapter: Adapter, state: AdapterState) -> Adapter:
+        """Take an adapter out of service, or back into it."""
+        with self._change() as change:
+            row = change.row(adapter)
+            row.state, row.updated_at = state, change.now
+            change.note("retired" if state == "retired" else "restored", row, revision=adapter.revision)
+            return change.adapter(row)
+
+    def set_pinned(self, adapter: Adapter, pinned: bool) -> Adapter:
+        """Hold an adapter at its revision, or let it move."""
+        with self._change() as change:
+            row = change.row(adapter)
+            row.pinned, row.updated_at = pinned, change.now
+            change.note("pinned" if pinned else "unpinned", row, revision=adapter.revision)
+            return change.adapter(row)
+
+    def record_score(self, adapter: Adapter, task: str, metric: str, value: float) -> None:
+        """Keep a score of the content that the caller measured; an earlier one is replaced."""
+        with self._change() as change:
+            row = change.row(adapter)
+            score = ScoreRow(
+                adapter_id=row.id,
+                digest=adapter.digest,
+                task=task,
+                metric=metric,
+                revision=adapter.revision,
+                value=value,
+                recorded_at=change.now,
+            )
+            change.session.merge(score)
+            change.note("scored", row, task=task, metric=metric, value=value)
 
     def move(self, adapter: Adapter, folder: Path) -> Adapter:
         """Note another place of the same files."""
-        with Session(self._engine) as session, session.begin():
-            session.execute(update(AdapterRow).where(AdapterRow.id == adapter.id).values(folder=str(folder)))
-        return replace(adapter, folder=folder)
+        with self._change() as change:
+            row = change.row(adapter)
+            current = update(RevisionRow).where(RevisionRow.adapter_id == row.id, RevisionRow.current)
+            change.session.execute(current.values(folder=str(folder)))
+            change.note("moved", row, folder=str(folder))
+            return change.adapter(row)
 
-    def remove(self, adapter: Adapter) -> int:
-        """Delete an adapter with its samples and vectors, if it is still there; returns the version that this made."""
-        with Session(self._engine) as session, session.begin():
-            version = _raise_version(session)
-            row = session.get(AdapterRow, adapter.id)
-            if row is not None:
-                session.delete(row)
-            return version
+    def remove(self, adapter: Adapter) -> None:
+        """Delete an adapter with all that belongs to it; its events stay.
 
-    def embeddings(self, encoder: str, adapter: Adapter | None = None) -> list[Embedding]:
-        """Every vector under one encoder, or only that of one adapter."""
-        query = (
-            select(AdapterRow.id, AdapterRow.namespace, AdapterRow.base_model, EmbeddingRow.vector)
-            .join(EmbeddingRow, EmbeddingRow.adapter_id == AdapterRow.id)
-            .where(EmbeddingRow.encoder == encoder)
-            .order_by(AdapterRow.id)
-        )
-        if adapter is not None:
-            query = query.where(AdapterRow.id == adapter.id)
-        with Session(self._engine) as session:
-            return [
-                Embedding(adapter_id, namespace, base, np.frombuffer(vector, dtype="<f4"))
-                for adapter_id, namespace, base, vector in session.execute(query)
-            ]
-
-    def without_embedding(self, encoder: str) -> list[Adapter]:
-        """Adapters that have no vector under this encoder."""
-        has_one = select(EmbeddingRow.adapter_id).where(EmbeddingRow.encoder == encoder)
-        query = select(AdapterRow).where(AdapterRow.id.not_in(has_one)).order_by(AdapterRow.id)
-        with Session(self._engine) as session:
-            return [_adapter(row) for row in session.scalars(query)]
+        Raises:
+            AdapterNotFoundError: somebody else was first.
+        """
+        with self._change() as change:
+            row = change.row(adapter)
+            change.note("removed", row, revision=adapter.revision)
+            change.session.delete(row)
 
     def add_embedding(self, adapter: Adapter, encoder: str, encoder_name: str, vector: Vector) -> None:
         """Keep the vector of an adapter under another encoder."""
-        with Session(self._engine) as session, session.begin():
-            _raise_version(session)
+        with self._change() as change:
+            session, row = change.session, change.row(adapter)
             _ensure_encoder(session, encoder, encoder_name, vector)
-            session.merge(EmbeddingRow(adapter_id=adapter.id, encoder=encoder, vector=_bytes(vector), origin="samples"))
+            same = (EmbeddingRow.adapter_id == row.id) & (EmbeddingRow.encoder == encoder)
+            session.execute(delete(EmbeddingRow).where(same))
+            session.add(embedding_row(row.id, encoder, vector))
+            change.note("embedded", row, encoder=encoder)
+
+    def note_pull(self, folder: Path, repo_id: str, revision: str) -> None:
+        """Note that a commit is about to be put into a cache."""
+        pull = PullRow(folder=str(folder), repo_id=repo_id, revision=revision, started_at=datetime.now(UTC))
+        with Session(self._engine) as session, session.begin():
+            # Written first, since SQLite refuses to turn a reader into a writer while others write.
+            session.execute(delete(PullRow).where(PullRow.folder == pull.folder))
+            session.add(pull)
+
+    def forget_pull(self, folder: str) -> None:
+        """Note that a commit was taken out of its cache."""
+        with Session(self._engine) as session, session.begin():
+            session.execute(delete(PullRow).where(PullRow.folder == folder))
 
     def close(self) -> None:
+        """Give the connections back."""
         self._engine.dispose()
 
+    @contextmanager
+    def _change(self) -> Iterator[_Change]:
+        with Session(self._engine, expire_on_commit=False) as session, session.begin():
+            # First of all: the update takes the write lock before anything is read.
+            raised = cast(cast(MetaRow.value, Integer) + 1, Text)
+            session.execute(update(MetaRow).where(MetaRow.key == VERSION).values(value=raised))
+            yield _Change(session, read_version(session), self._actor, datetime.now(UTC))
+
     def _ensure_id(self) -> str:
+        known = select(MetaRow.value).where(MetaRow.key == _REGISTRY_ID)
+        with Session(self._engine) as session:
+            found = session.scalar(known)
+        if found is not None:
+            return found
         try:
             with Session(self._engine) as session, session.begin():
-                row = session.get(MetaRow, _REGISTRY_ID)
-                if row is None:
-                    row = MetaRow(key=_REGISTRY_ID, value=uuid.uuid4().hex)
-                    session.add_all([row, MetaRow(key=_VERSION, value="0")])
-                return row.value
+                rows = {_REGISTRY_ID: uuid.uuid4().hex, VERSION: "0"}
+                session.add_all(MetaRow(key=key, value=value) for key, value in rows.items())
         except IntegrityError:  # another process was first
-            return self._ensure_id()
+            pass
+        return self._ensure_id()
 
 
-def _version(session: Session) -> int:
-    return int(session.scalars(select(MetaRow.value).where(MetaRow.key == _VERSION)).one())
-
-
-def _raise_version(session: Session) -> int:
-    """First in every transaction that writes: the update takes SQLite's write lock before anything is read."""
-    raised = cast(cast(MetaRow.value, Integer) + 1, Text)
-    session.execute(update(MetaRow).where(MetaRow.key == _VERSION).values(value=raised))
-    return _version(session)
+def _represent(session: Session, row: AdapterRow, representation: Representation) -> None:
+    row.origin, row.sample_count = representation.origin, representation.count
+    _ensure_encoder(session, representation.encoder, representation.encoder_name, representation.vector)
+    session.add_all(sample_rows(row.id, representation.texts))
+    session.add(embedding_row(row.id, representation.encoder, representation.vector))
 
 
 def _ensure_encoder(session: Session, fingerprint: str, name: str, vector: Vector) -> None:
     if session.get(EncoderRow, fingerprint) is None:
         session.add(EncoderRow(fingerprint=fingerprint, name=name, dimension=len(vector)))
         session.flush()
-
-
-def _new_row(registration: Registration) -> AdapterRow:
-    admitted, pulled = registration.admitted, registration.pulled
-    return AdapterRow(
-        namespace=registration.namespace,
-        name=registration.name,
-        repo_id=pulled.repo_id,
-        revision=pulled.revision or admitted.digest[:40],
-        digest=admitted.digest,
-        base_model=registration.base_model,
-        rank=admitted.max_rank,
-        alpha=admitted.config.alpha,
-        target_modules=list(admitted.target_modules),
-        size_bytes=admitted.size_bytes,
-        license=pulled.license,
-        description=registration.description,
-        tags=list(registration.tags),
-        folder=str(pulled.folder),
-        sample_count=len(registration.samples),
-        created_at=datetime.now(UTC),
-        samples=[SampleRow(position=place, text=text) for place, text in enumerate(registration.samples)],
-        embeddings=[
-            EmbeddingRow(encoder=registration.encoder, vector=_bytes(registration.vector), origin=registration.origin)
-        ],
-    )
-
-
-def _adapter(row: AdapterRow) -> Adapter:
-    # SQLite forgets the zone; what was written was UTC.
-    created = row.created_at if row.created_at.tzinfo else row.created_at.replace(tzinfo=UTC)
-    return Adapter(
-        id=row.id,
-        name=row.name,
-        namespace=row.namespace,
-        repo_id=row.repo_id,
-        revision=row.revision,
-        digest=row.digest,
-        base_model=row.base_model,
-        rank=row.rank,
-        alpha=row.alpha,
-        target_modules=tuple(row.target_modules),
-        size_bytes=row.size_bytes,
-        license=row.license,
-        description=row.description,
-        tags=tuple(row.tags),
-        folder=Path(row.folder),
-        sample_count=row.sample_count,
-        created_at=created,
-    )
-
-
-def _named(name: str, namespace: str) -> Select[AdapterRow]:
-    return select(AdapterRow).where(AdapterRow.name == name, AdapterRow.namespace == namespace)
-
-
-def _bytes(vector: Sequence[float] | Vector | Any) -> bytes:
-    return np.asarray(vector, dtype="<f4").tobytes()

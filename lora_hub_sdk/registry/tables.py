@@ -1,4 +1,9 @@
-"""The SQL tables. SQL is the truth; the vector index is a cache of ``embeddings``."""
+"""The SQL tables. SQL is the truth; the vector index is a cache of ``embeddings``.
+
+An adapter's row is its identity and never moves; what it consists of is its current revision. Everything that changes
+an adapter raises the registry's version and leaves an event with that version, so that the events are history for
+people and the feed by which a vector index follows.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +12,21 @@ from datetime import datetime
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     DateTime,
     Double,
     ForeignKey,
+    Index,
     Integer,
     LargeBinary,
     String,
     Text,
     UniqueConstraint,
+    text,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+_UTC = DateTime(timezone=True)
 
 
 class Base(DeclarativeBase):
@@ -31,35 +41,80 @@ class MetaRow(Base):
     value: Mapped[str] = mapped_column(Text)
 
 
+class NamespaceRow(Base):
+    """Whose adapters they are; made by the first registration in it."""
+
+    __tablename__ = "namespaces"
+    name: Mapped[str] = mapped_column(String(128), primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(_UTC)
+
+
 class AdapterRow(Base):
-    """One adapter at one content; a name is unique within its namespace."""
+    """An adapter's identity; a name is unique within its namespace.
+
+    ``description`` is the one given in place of the card's; ``follows`` the branch or tag that ``update`` asks for.
+    """
 
     __tablename__ = "adapters"
     __table_args__ = (
         UniqueConstraint("namespace", "name", name="uq_adapters_namespace_name"),
+        # An id that was removed is never given to another adapter: the vector index is keyed by it.
         {"sqlite_autoincrement": True},
     )
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
-    namespace: Mapped[str] = mapped_column(String(128))
+    namespace: Mapped[str] = mapped_column(ForeignKey("namespaces.name"))
     name: Mapped[str] = mapped_column(String(512))
+    base_model: Mapped[str] = mapped_column(String(512), index=True)
+    state: Mapped[str] = mapped_column(String(16))
+    pinned: Mapped[bool] = mapped_column(Boolean)
+    follows: Mapped[str | None] = mapped_column(Text)
+    description: Mapped[str | None] = mapped_column(Text)
+    origin: Mapped[str] = mapped_column(String(16))
+    sample_count: Mapped[int] = mapped_column(Integer)
+    created_at: Mapped[datetime] = mapped_column(_UTC)
+    updated_at: Mapped[datetime] = mapped_column(_UTC)
+
+
+class RevisionRow(Base):
+    """One content that an adapter has, or had. Exactly one of an adapter's revisions is ``current``."""
+
+    __tablename__ = "revisions"
+    __table_args__ = (
+        Index(
+            "uq_revisions_current",
+            "adapter_id",
+            unique=True,
+            sqlite_where=text("current"),
+            postgresql_where=text("current"),
+        ),
+        Index("ix_revisions_adapter_id", "adapter_id"),
+    )
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"))
+    current: Mapped[bool] = mapped_column(Boolean)
     repo_id: Mapped[str] = mapped_column(Text)
     revision: Mapped[str] = mapped_column(String(40))
-    digest: Mapped[str] = mapped_column(String(64), index=True)
-    base_model: Mapped[str] = mapped_column(String(512), index=True)
+    digest: Mapped[str] = mapped_column(String(64))
     rank: Mapped[int] = mapped_column(Integer)
     alpha: Mapped[float] = mapped_column(Double)
     target_modules: Mapped[list[str]] = mapped_column(JSON)
     size_bytes: Mapped[int] = mapped_column(BigInteger)
-    license: Mapped[str | None] = mapped_column(String(128))
+    license: Mapped[str | None] = mapped_column(Text)
     description: Mapped[str | None] = mapped_column(Text)
-    tags: Mapped[list[str]] = mapped_column(JSON)
     folder: Mapped[str] = mapped_column(Text)
-    sample_count: Mapped[int] = mapped_column(Integer)
-    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    created_at: Mapped[datetime] = mapped_column(_UTC)
 
-    samples: Mapped[list[SampleRow]] = relationship(cascade="all, delete-orphan")
-    embeddings: Mapped[list[EmbeddingRow]] = relationship(cascade="all, delete-orphan")
+
+class TagRow(Base):
+    """One tag of an adapter: ``given`` at registration, or read from the card of its current revision."""
+
+    __tablename__ = "tags"
+    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"), primary_key=True)
+    tag: Mapped[str] = mapped_column(Text, primary_key=True)
+    position: Mapped[int] = mapped_column(Integer)
+    given: Mapped[bool] = mapped_column(Boolean)
 
 
 class SampleRow(Base):
@@ -83,11 +138,57 @@ class EncoderRow(Base):
 class EmbeddingRow(Base):
     """One adapter's vector under one encoder: float32, little endian, of length 1.
 
-    ``origin`` tells whether we embedded the samples, or the owner gave the vector and kept the samples.
+    Another vector is another row with another id, which is never used again.
     """
 
     __tablename__ = "embeddings"
-    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"), primary_key=True)
-    encoder: Mapped[str] = mapped_column(ForeignKey("encoders.fingerprint"), primary_key=True)
+    __table_args__ = (
+        UniqueConstraint("adapter_id", "encoder", name="uq_embeddings_adapter_encoder"),
+        Index("ix_embeddings_encoder", "encoder"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"))
+    encoder: Mapped[str] = mapped_column(ForeignKey("encoders.fingerprint"))
     vector: Mapped[bytes] = mapped_column(LargeBinary)
-    origin: Mapped[str] = mapped_column(String(16))
+
+
+class ScoreRow(Base):
+    """A measured score of one content of an adapter; measured again, it is replaced."""
+
+    __tablename__ = "scores"
+    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete="CASCADE"), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    task: Mapped[str] = mapped_column(String(512), primary_key=True)
+    metric: Mapped[str] = mapped_column(String(128), primary_key=True)
+    revision: Mapped[str] = mapped_column(String(40))
+    value: Mapped[float] = mapped_column(Double)
+    recorded_at: Mapped[datetime] = mapped_column(_UTC)
+
+
+class EventRow(Base):
+    """Who did what to which adapter; stays when the adapter is gone. ``version`` is the registry's after it."""
+
+    __tablename__ = "events"
+    __table_args__ = (Index("ix_events_version", "version"), Index("ix_events_adapter_id", "adapter_id"))
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    version: Mapped[int] = mapped_column(BigInteger)
+    at: Mapped[datetime] = mapped_column(_UTC)
+    actor: Mapped[str] = mapped_column(Text)
+    action: Mapped[str] = mapped_column(String(32))
+    adapter_id: Mapped[int] = mapped_column(Integer)
+    namespace: Mapped[str] = mapped_column(String(128))
+    name: Mapped[str] = mapped_column(String(512))
+    detail: Mapped[dict[str, str | int | float | None]] = mapped_column(JSON)
+
+
+class PullRow(Base):
+    """A commit that this registry put into a cache on some machine, and may therefore remove from there."""
+
+    __tablename__ = "pulls"
+    folder: Mapped[str] = mapped_column(Text, primary_key=True)
+    repo_id: Mapped[str] = mapped_column(Text)
+    revision: Mapped[str] = mapped_column(String(40))
+    started_at: Mapped[datetime] = mapped_column(_UTC)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 
 from lora_hub_sdk.models import ResolvedModel, weights_fingerprint
-from lora_hub_sdk.registry.store import Vector
+from lora_hub_sdk.registry.index import Vector
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

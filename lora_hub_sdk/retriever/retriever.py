@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from lora_hub_sdk.errors import SamplesError
+from lora_hub_sdk.registry.index import Vector
 from lora_hub_sdk.registry.registry import Registry
-from lora_hub_sdk.registry.store import Vector
 from lora_hub_sdk.retriever.encoder import Encoder, mean_vector, unit
 from lora_hub_sdk.retriever.query import check_k, check_prompts
-from lora_hub_sdk.types import Hit
+from lora_hub_sdk.types import AdapterFilter, Hit
 
 
 class Retriever:
@@ -27,11 +27,7 @@ class Retriever:
         self,
         prompts: Sequence[str],
         k: int,
-        *,
-        namespace: str,
-        base_model: str | None = None,
-        tags: Collection[str] = (),
-        exclude: Collection[str] = (),
+        allowed: AdapterFilter,
     ) -> list[list[Hit]]:
         """For each prompt its up to k nearest adapters, best first. All prompts are encoded in one call.
 
@@ -43,14 +39,7 @@ class Retriever:
         check_prompts(prompts)
         if not prompts:
             return []
-        return self._registry.search(
-            list(self._encoder.encode(prompts)),
-            k,
-            namespace=namespace,
-            base_model=base_model,
-            tags=tags,
-            exclude=exclude,
-        )
+        return self._registry.search(list(self._encoder.encode(prompts)), k, allowed)
 
 
 def embed_samples(encoder: Encoder, texts: Sequence[str], source: str) -> Vector:

@@ -1,14 +1,35 @@
 from __future__ import annotations
 
+import json
+import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
-from sqlalchemy import inspect, text
+from sqlalchemy import MetaData, inspect, text
 
 from lora_hub_sdk.errors import ConfigurationError, SchemaError
-from lora_hub_sdk.registry.schema import current_version, ensure_schema, head, open_database, upgrade_schema
+from lora_hub_sdk.registry.registry import Registry
+from lora_hub_sdk.registry.schema import (
+    _config,
+    _run,
+    current_version,
+    ensure_schema,
+    head,
+    open_database,
+    upgrade_schema,
+)
 from lora_hub_sdk.registry.tables import Base
+from lora_hub_sdk.types import AdapterFilter
+from tests.registry.entries import entry, unit
+
+#: Written by version 0.1 with schema 0001: an adapter removed, three left, two of them in one namespace.
+OLD = Path(__file__).parent / "data" / "hub-0001.db"
 
 
 @pytest.fixture
@@ -16,8 +37,13 @@ def file(tmp_path: Path) -> str:
     return str(tmp_path / "hub.db")
 
 
-def test_an_empty_database_gets_the_tables_of_the_models(file: str) -> None:
-    engine = open_database(file)
+@pytest.fixture(params=["sqlite", "postgres"])
+def database(request: pytest.FixtureRequest, file: str) -> str:
+    return file if request.param == "sqlite" else str(request.getfixturevalue("postgres"))
+
+
+def test_an_empty_database_gets_the_tables_of_the_models(database: str) -> None:
+    engine = open_database(database)
     ensure_schema(engine)
     assert current_version(engine) == head()
     found = inspect(engine)
@@ -27,14 +53,116 @@ def test_an_empty_database_gets_the_tables_of_the_models(file: str) -> None:
         assert columns == {column.name: column.nullable for column in table.columns}
 
 
-def test_models_and_migrations_agree(file: str) -> None:
+def test_models_and_migrations_agree(database: str) -> None:
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
-    engine = open_database(file)
+    engine = open_database(database)
     ensure_schema(engine)
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
+
+
+def test_an_old_database_is_refused_until_it_is_upgraded_and_then_has_everything(file: str) -> None:
+    shutil.copy(OLD, file)
+    before = Path(file).read_bytes()
+    with pytest.raises(SchemaError, match="run: lora-hub db upgrade --database"):
+        ensure_schema(open_database(file))
+    with sqlite3.connect(file) as untouched:
+        assert untouched.execute("select count(*) from adapters").fetchone() == (3,)
+    assert upgrade_schema(open_database(file)) == head()
+    assert before != Path(file).read_bytes()
+    registry = Registry(file, index="exact", encoder=lambda: "e" * 64)
+    french, sums, private = registry.adapters()
+    assert (french.name, french.namespace, french.digest) == ("user/lora-fr", "default", "1" * 64)
+    assert (french.tags, french.description, french.license) == (("lora", "french"), "To French", "mit")
+    assert registry.samples(french) == ("Translate: cat", "Übersetze: Hund 猫")
+    assert (sums.revision, sums.target_modules, sums.license) == ("b" * 40, ("q_proj", "v_proj"), None)
+    assert (private.namespace, private.origin, private.sample_count) == ("team", "owner", 0)
+    assert [adapter.state for adapter in registry.adapters()] == ["active"] * 3
+    (hits,) = registry.search([np.array([1, 0, 0], dtype=np.float32)], 9, AdapterFilter())
+    assert [(hit.adapter.name, round(hit.score, 5)) for hit in hits] == [("user/lora-fr", 1), ("user/lora-sum", 0)]
+    assert registry.verify().agrees
+    assert {event.action for event in registry.events(None, None, 9)} == {"migrated"}
+    # Ids go on where they stopped, so that no event and no key of an index speaks of another adapter.
+    added = registry.add(entry("new", unit(1, 1, 1)))
+    assert added.id > max(french.id, sums.id, private.id)
+    assert registry.remove("user/lora-sum", "default") == sums
+    registry.close()
+
+
+def test_an_old_postgres_database_is_upgraded_too(postgres: str) -> None:
+    from alembic import command
+
+    engine = open_database(postgres)
+    _run(engine, _config(), lambda config, _: command.upgrade(config, "0001"))
+    with sqlite3.connect(f"file:{OLD}?mode=ro", uri=True) as old, engine.begin() as connection:
+        old.row_factory = sqlite3.Row
+        metadata = MetaData()
+        metadata.reflect(connection)
+        for name in ("meta", "adapters", "samples", "encoders", "embeddings"):
+            rows = [dict(row) for row in old.execute(f"select * from {name}")]
+            for row in rows:
+                for column in ("tags", "target_modules"):
+                    if column in row:
+                        row[column] = json.loads(row[column])
+                if "created_at" in row:
+                    row["created_at"] = datetime.fromisoformat(row["created_at"]).replace(tzinfo=UTC)
+                if name == "meta":
+                    connection.execute(metadata.tables[name].delete().where(metadata.tables[name].c.key == row["key"]))
+            connection.execute(metadata.tables[name].insert(), rows)
+    with pytest.raises(SchemaError, match="run: lora-hub db upgrade"):
+        ensure_schema(engine)
+    assert upgrade_schema(engine) == head()
+    registry = Registry(postgres, index="exact", encoder=lambda: "e" * 64)
+    known = registry.adapters()
+    assert [adapter.name for adapter in known] == ["user/lora-fr", "user/lora-sum", "user/lora-fr"]
+    assert registry.add(entry("new", unit(1, 1, 1))).id > max(adapter.id for adapter in known)
+    assert registry.verify().agrees
+    registry.close()
+
+
+def test_an_upgrade_killed_half_way_leaves_the_old_database(file: str) -> None:
+    shutil.copy(OLD, file)
+    script = """
+import os, signal, sys
+from alembic.operations import Operations
+from lora_hub_sdk.registry.schema import open_database, upgrade_schema
+left = int(sys.argv[2])
+original = Operations.create_table
+def counted(self, *args, **kwargs):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *args, **kwargs)
+Operations.create_table = counted
+upgrade_schema(open_database(sys.argv[1]))
+"""
+    for tables in (0, 2, 5):
+        ended = subprocess.run([sys.executable, "-c", script, file, str(tables)], check=False)
+        assert ended.returncode == -signal.SIGKILL
+        with sqlite3.connect(file) as old:
+            assert old.execute("select version_num from alembic_version").fetchone() == ("0001",)
+            assert old.execute("select count(*) from adapters").fetchone() == (3,)
+            assert old.execute("select count(*) from embeddings").fetchone() == (3,)
+    upgrade_schema(open_database(file))
+    assert len(Registry(file, index="exact", encoder=lambda: "e" * 64).adapters()) == 3
+
+
+def test_processes_that_open_an_empty_database_at_once_make_it_once(database: str) -> None:
+    script = """
+import sys
+from lora_hub_sdk.registry.registry import Registry
+registry = Registry(sys.argv[1], index="exact", encoder=lambda: "e" * 64)
+print(registry.store.registry_id)
+"""
+    started = [
+        subprocess.Popen([sys.executable, "-c", script, database], stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    told = {process.communicate()[0] for process in started}
+    assert [process.returncode for process in started] == [0] * 4
+    assert len(told) == 1
 
 
 def test_opening_again_changes_nothing(file: str) -> None:
@@ -47,7 +175,7 @@ def test_opening_again_changes_nothing(file: str) -> None:
 def test_sqlite_waits_and_writes_ahead(file: str) -> None:
     with open_database(file).connect() as connection:
         assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
-        assert connection.execute(text("PRAGMA busy_timeout")).scalar() == 10_000
+        assert connection.execute(text("PRAGMA busy_timeout")).scalar() == 30_000
         assert connection.execute(text("PRAGMA foreign_keys")).scalar() == 1
 
 

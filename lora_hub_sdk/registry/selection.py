@@ -1,0 +1,53 @@
+"""From a filter to SQL: which adapters a caller may see."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy import ColumnElement, exists, func
+from sqlalchemy.orm import aliased
+
+from lora_hub_sdk.registry.tables import AdapterRow, RevisionRow, ScoreRow, TagRow
+from lora_hub_sdk.types import TRUST, AdapterFilter, Trust
+
+_ORDER: Final[tuple[Trust, ...]] = ("low", "medium", "high")
+
+
+def visible(allowed: AdapterFilter) -> list[ColumnElement[bool]]:
+    """The conditions on ``adapters`` of a filter, ``exclude`` left out; retired adapters are never visible."""
+    conditions = [AdapterRow.state == "active", AdapterRow.namespace == allowed.namespace]
+    if allowed.base_model is not None:
+        conditions.append(AdapterRow.base_model == allowed.base_model)
+    return [*conditions, *_narrowing(allowed)]
+
+
+def is_narrow(allowed: AdapterFilter) -> bool:
+    """Whether the filter asks for more than the index knows by itself, namespace and base model."""
+    return bool(allowed.tags or allowed.licenses or allowed.scores or allowed.min_trust != "low")
+
+
+def _narrowing(allowed: AdapterFilter) -> list[ColumnElement[bool]]:
+    # Under a name of its own, since the query around it may ask for the current revision too.
+    current = aliased(RevisionRow)
+    is_current = (current.adapter_id == AdapterRow.id) & current.current
+    conditions: list[ColumnElement[bool]] = []
+    if allowed.min_trust != "low":
+        enough = _ORDER[_ORDER.index(allowed.min_trust) :]
+        origins = [origin for origin, trust in TRUST.items() if trust in enough]
+        conditions.append(AdapterRow.origin.in_(origins))
+    if allowed.licenses:
+        licenses = [name.lower() for name in allowed.licenses]
+        conditions.append(exists().where(is_current, func.lower(current.license).in_(licenses)))
+    conditions += [exists().where(TagRow.adapter_id == AdapterRow.id, TagRow.tag == tag) for tag in allowed.tags]
+    for wanted in allowed.scores:
+        conditions.append(
+            exists().where(
+                is_current,
+                ScoreRow.adapter_id == AdapterRow.id,
+                ScoreRow.digest == current.digest,
+                ScoreRow.task == wanted.task,
+                ScoreRow.metric == wanted.metric,
+                ScoreRow.value >= wanted.value,
+            )
+        )
+    return conditions
