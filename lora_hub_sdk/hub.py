@@ -2,53 +2,63 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from lora_hub_sdk.composition.router import Router
-from lora_hub_sdk.errors import (
-    ConfigurationError,
-    EngineClosedError,
-    InvalidConfigError,
-    SamplesError,
-)
+from lora_hub_sdk.errors import AdapterChangedError, ConfigurationError, EngineClosedError, LoraHubError
+from lora_hub_sdk.intake import AdapterRequest, Intake, Reference, RegisterOutcome
 from lora_hub_sdk.models import BaseModels, resolve_model
-from lora_hub_sdk.registry.adapter_config import AdapterConfig, read_adapter_config
-from lora_hub_sdk.registry.admission import ModuleShapes, admit, check_base_model
-from lora_hub_sdk.registry.registry import Registry, Verification
+from lora_hub_sdk.registry.admission import Limits, ModuleShapes
+from lora_hub_sdk.registry.card_samples import card_samples
+from lora_hub_sdk.registry.follower import Progress, Verification
+from lora_hub_sdk.registry.gc import Freed, collect
+from lora_hub_sdk.registry.registry import Registry
 from lora_hub_sdk.registry.source import HubSource
-from lora_hub_sdk.registry.store import Registration, Vector
 from lora_hub_sdk.retriever.encoder import INSTRUCTION, Encoder, SentenceEncoder
-from lora_hub_sdk.retriever.retriever import Retriever, embed_samples, given_vector
-from lora_hub_sdk.retriever.samples import sample_texts
+from lora_hub_sdk.retriever.retriever import Retriever
+from lora_hub_sdk.retriever.samples import Sample
 from lora_hub_sdk.types import (
     DEFAULT_NAMESPACE,
     Adapter,
+    AdapterFilter,
     Completion,
+    Event,
     Hit,
+    MinScore,
     Route,
     Routing,
     Sampling,
+    Score,
+    Trust,
 )
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+    from lora_hub_sdk.composition.factors import AdapterFactors
     from lora_hub_sdk.engine.base_model import ModelSettings
     from lora_hub_sdk.engine.engine import Engine, Request
     from lora_hub_sdk.engine.prompt import Overflow, Template
+    from lora_hub_sdk.registry.discovery import Candidate
+    from lora_hub_sdk.registry.inspection import Inspection
 
 # Inside the class ``list`` is a method.
 Adapters = list[Adapter]
+Candidates = list["Candidate"]
+Completions = list[Completion]
+Events = list[Event]
 Hits = list[Hit]
 HitLists = list[list[Hit]]
+Names = list[str]
+Outcomes = list[RegisterOutcome]
 Routes = list[Route]
-Completions = list[Completion]
-Sample = str | Mapping[str, Any]
+Scores = list[Score]
 
 
 class LoraHub:
@@ -60,13 +70,18 @@ class LoraHub:
     Args:
         database: a SQLite file, ":memory:", or an SQLAlchemy URL. An empty one gets its tables; one of another version
             is refused.
-        index: folder of the vector index, or "http://host:port" of a Chroma server; None is beside the database.
+        index: folder of an embedded Chroma, "http://host:port" of a Chroma server, or "exact" for an index in memory
+            that is filled from SQL; None is a folder beside the database. While one process has a folder open, others
+            search exactly and in memory.
         encoder: a folder, a Hub id, the embedded "all-minilm-l6-v2", or any object of the ``Encoder`` protocol.
         instruction: put in front of every text that is embedded (paper section 4.1); part of the fingerprint.
         endpoint: a Hub other than https://huggingface.co.
         token: for private and gated repositories; None takes the one that huggingface_hub finds.
         cache_dir: where pulled adapters are kept; None is huggingface_hub's cache.
         base_folders: Hub ids of base models and the folders that hold them, for machines that shall not download.
+        limits: bounds on sizes, ranks and norms that no adapter may pass.
+        offline: ask no Hub for adapters; what was pulled before can be registered.
+        actor: who is written into the events; the user of this process where nobody is named.
 
     Raises:
         SchemaError: the database is of another version, or no registry.
@@ -75,24 +90,45 @@ class LoraHub:
 
     def __init__(
         self,
-        database: str | os.PathLike[str] = "hub.db",
+        database: Reference = "hub.db",
         *,
         index: str | Path | None = None,
-        encoder: str | os.PathLike[str] | Encoder = "all-minilm-l6-v2",
+        encoder: Reference | Encoder = "all-minilm-l6-v2",
         instruction: str = INSTRUCTION,
         endpoint: str | None = None,
         token: str | None = None,
         cache_dir: Path | None = None,
-        base_folders: Mapping[str, str | os.PathLike[str]] | None = None,
+        base_folders: Mapping[str, Reference] | None = None,
+        limits: Limits | None = None,
+        offline: bool = False,
+        actor: str | None = None,
     ) -> None:
+        self._lock = threading.RLock()
         self._endpoint = endpoint
         self._token = token
-        self._encoder_given = encoder
+        self._encoder: Reference | Encoder = encoder
         self._instruction = instruction
         self._bases = BaseModels(base_folders, endpoint=endpoint, token=token)
-        self._source = HubSource(endpoint=endpoint, token=token, cache_dir=cache_dir)
-        self._registry = Registry(os.fspath(database), index=index, encoder=lambda: self.encoder.fingerprint)
-        self._lock = threading.RLock()
+        self._registry = Registry(
+            os.fspath(database), index=index, encoder=lambda: self.encoder.fingerprint, actor=actor or _user()
+        )
+        self._source = HubSource(
+            endpoint=endpoint,
+            token=token,
+            cache_dir=cache_dir,
+            limits=limits,
+            offline=offline,
+            note_pull=self._registry.store.note_pull,
+        )
+        self._intake = Intake(
+            self._registry,
+            self._source,
+            self._bases,
+            encoder=lambda: self.encoder,
+            shapes=self._shapes_of,
+            limits=limits or Limits(),
+            card_samples=lambda folder: card_samples(folder, endpoint=endpoint, token=token, offline=offline),
+        )
         self._engines: dict[tuple[str, ModelSettings], Engine] = {}
         self._shapes: dict[str, ModuleShapes] = {}
         self._closed = False
@@ -101,29 +137,39 @@ class LoraHub:
 
     def register(
         self,
-        reference: str | os.PathLike[str],
+        reference: Reference,
         *,
-        samples: Iterable[Sample] | None = None,
+        samples: Iterable[Sample] | os.PathLike[str] | None = None,
         embedding: ArrayLike | None = None,
         revision: str | None = None,
         name: str | None = None,
-        base_model: str | os.PathLike[str] | None = None,
+        base_model: Reference | None = None,
         description: str | None = None,
         tags: Iterable[str] = (),
         namespace: str = DEFAULT_NAMESPACE,
+        keep_samples: bool = True,
+        redact: Callable[[str], str] | None = None,
     ) -> Adapter:
         """Pull an adapter, check it, embed its samples and make it searchable.
 
         All of it happens or nothing. Registering the same content again under the same name changes nothing and
         returns what is there; then samples may be left out.
 
+        Without samples and embedding, examples are looked for in the adapter's card and in the datasets that it names;
+        where there are none, its vector is guessed from its weights and its card's text. Every hit tells by ``trust``.
+
         Args:
             reference: a Hub id ("user/lora-x") or a local folder, whose files must stay where they are.
-            samples: some dozen prompts that the adapter is good at: texts, or rows with an ``inputs`` field.
-            embedding: instead of samples, the adapter's own vector of the encoder's dimension.
+            samples: some dozen prompts that the adapter is good at: texts, rows with an ``inputs`` field, or a path to
+                a file of JSON lines or (.txt) plain lines.
+            embedding: instead of samples, the adapter's own vector of the encoder's dimension, so that private samples
+                never leave their owner (the paper's first limitation).
             revision: branch, tag or commit; it is pinned to the 40-hex commit that it names now.
             name: unique within the namespace; the Hub id, or the folder's name, where none is given.
             base_model: the base that the adapter must be for.
+            namespace: who may find it; a search sees one namespace only.
+            keep_samples: False drops the texts once they are embedded; another encoder will then need them again.
+            redact: called on each sample's text before anything else sees it.
 
         Raises:
             SourceError: the repository could not be pulled.
@@ -131,51 +177,194 @@ class LoraHub:
             NameTakenError: the name belongs to other content.
             ModelNotFoundError: nobody has the configuration of the adapter's base model, against which it is checked.
         """
-        label = os.fspath(reference)
-        if samples is not None and embedding is not None:
-            raise ConfigurationError("register: give samples or an embedding, not both")
-        texts = () if samples is None else sample_texts(samples, label)
-        pulled = self._source.pull(reference if isinstance(reference, str) else Path(reference), revision)
-        config = read_adapter_config(pulled.folder, label)
-        base = self._base_of(config, base_model, label)
-        admitted = admit(
-            pulled.folder,
-            source=label,
-            shapes=self._shapes_of(base),
-            pickle_files=pulled.pickle_files,
+        request = AdapterRequest(
+            reference,
+            samples=samples,
+            embedding=embedding,
+            revision=revision,
+            name=name,
+            base_model=base_model,
+            description=description,
+            tags=tags,
+            namespace=namespace,
+            keep_samples=keep_samples,
+            redact=redact,
         )
-        name = name or (pulled.folder.name if pulled.is_local else pulled.repo_id)
-        if embedding is None:
-            known = self._registry.find_same(name, namespace, admitted.digest, None if samples is None else texts)
-            if known is not None:
-                return self._registry.keep_files(known, pulled.folder)
-            if samples is None:
-                raise SamplesError(
-                    label, "it is not registered yet and came without samples; give samples=[...] or embedding=..."
-                )
-        return self._registry.add(
-            Registration(
-                name=name,
-                namespace=namespace,
-                pulled=pulled,
-                admitted=admitted,
-                base_model=base,
-                description=description or pulled.description,
-                tags=tuple(dict.fromkeys((*pulled.tags, *tags))),
-                samples=texts,
-                vector=self._vector(texts, embedding, label),
-                origin="samples" if embedding is None else "owner",
-                encoder=self.encoder.fingerprint,
-                encoder_name=self.encoder.name,
-            )
+        return self._intake.register(request)
+
+    def register_many(
+        self,
+        requests: Iterable[Reference | Mapping[str, Any] | AdapterRequest],
+        *,
+        workers: int = 8,
+        progress: bool = False,
+        on_done: Callable[[RegisterOutcome], None] | None = None,
+    ) -> Outcomes:
+        """Register many adapters in parallel; one that fails stops no other.
+
+        Interrupted or failed runs are resumed by calling it again: what is registered changes nothing, and what was
+        downloaded is not downloaded again.
+
+        Args:
+            requests: references, or objects with a ``reference`` and any other argument of ``register``.
+            workers: how many are pulled and checked at a time.
+            progress: show a progress bar on standard error.
+            on_done: called as each one ends, in the order in which they end and by one thread at a time.
+
+        Returns:
+            One outcome for each request, in their order: its adapter, or the error that kept it out.
+
+        Raises:
+            ConfigurationError: workers below 1.
+        """
+        if workers < 1:
+            raise ConfigurationError(f"workers={workers}: expected 1 or more")
+        from tqdm.auto import tqdm
+
+        given, turn = list(requests), threading.Lock()
+        with tqdm(total=len(given), desc="registering", unit="adapter", disable=not progress) as bar:
+
+            def done(outcome: RegisterOutcome) -> None:
+                with turn:
+                    bar.update()
+                    if on_done is not None:
+                        on_done(outcome)
+
+            return self._intake.register_many(given, workers=workers, on_done=done)
+
+    def update(
+        self,
+        name: str,
+        *,
+        revision: str | None = None,
+        samples: Iterable[Sample] | os.PathLike[str] | None = None,
+        embedding: ArrayLike | None = None,
+        namespace: str = DEFAULT_NAMESPACE,
+        keep_samples: bool = True,
+        redact: Callable[[str], str] | None = None,
+    ) -> Adapter:
+        """Move an adapter to a newer revision, or give it other samples.
+
+        The old revision serves until the new one is pulled, checked and embedded; then one transaction switches. An
+        answer that was routed before is finished with the old one. Nothing changes where there is nothing newer.
+
+        Args:
+            revision: branch, tag or commit; by default what it was registered from: its branch, or main, or its folder
+                as it is now.
+            samples, embedding, keep_samples, redact: as for ``register``; by default samples and vector stay.
+
+        Raises:
+            AdapterNotFoundError: there is none of that name.
+            PinnedError: it is held at its revision.
+            ConflictError: somebody else changed it meanwhile; nothing was written.
+            As ``register``; the old revision goes on serving.
+        """
+        known = self.get(name, namespace=namespace)
+        request = AdapterRequest(
+            known.repo_id,
+            samples=samples,
+            embedding=embedding,
+            revision=revision,
+            namespace=namespace,
+            keep_samples=keep_samples,
+            redact=redact,
+        )
+        return self._intake.update(known, request)
+
+    def pin(self, name: str, *, namespace: str = DEFAULT_NAMESPACE) -> Adapter:
+        """Hold an adapter at its present revision: ``update`` refuses to move it until ``unpin``."""
+        return self._registry.set_pinned(name, namespace, True)
+
+    def unpin(self, name: str, *, namespace: str = DEFAULT_NAMESPACE) -> Adapter:
+        """Let ``update`` move an adapter again."""
+        return self._registry.set_pinned(name, namespace, False)
+
+    def retire(self, name: str, *, namespace: str = DEFAULT_NAMESPACE) -> Adapter:
+        """Take an adapter out of service: it is kept with its files, and neither found nor used."""
+        return self._registry.set_state(name, namespace, "retired")
+
+    def restore(self, name: str, *, namespace: str = DEFAULT_NAMESPACE) -> Adapter:
+        """Bring a retired adapter back into service."""
+        return self._registry.set_state(name, namespace, "active")
+
+    def gc(self, *, dry_run: bool = False) -> Freed:
+        """Free the files of revisions that no adapter has any more, and what broken downloads left.
+
+        Only what this registry itself put into huggingface_hub's cache on this machine is touched; local folders never.
+
+        Args:
+            dry_run: only tell what would be freed.
+        """
+        return collect(self._registry.store, dry_run=dry_run)
+
+    def discover(
+        self, base_model: Reference, query: str | None = None, *, limit: int = 20, include_refused: bool = False
+    ) -> Candidates:
+        """Adapters of a base model on the Hub, each verified by its configuration; nothing is registered.
+
+        Args:
+            query: words that the repository's name must contain.
+            limit: how many.
+            include_refused: also those that could not be registered, with the ``problem`` told.
+
+        Raises:
+            ConfigurationError: a base model that is a folder, or a limit below 1.
+            SourceError: the Hub cannot be asked.
+        """
+        from lora_hub_sdk.registry.discovery import discover
+
+        return discover(
+            self._base_name(base_model),
+            query,
+            limit,
+            include_refused=include_refused,
+            endpoint=self._endpoint,
+            token=self._token,
         )
 
-    def list(self, *, namespace: str | None = None, base_model: str | os.PathLike[str] | None = None) -> Adapters:
-        """All adapters by name, of every namespace and base unless one is given."""
+    def inspect(
+        self, reference: Reference, *, revision: str | None = None, base_model: Reference | None = None
+    ) -> Inspection:
+        """Check an adapter as ``register`` would, and report instead of registering.
+
+        Raises:
+            SourceError: the repository could not be pulled.
+            ModelNotFoundError: nobody has the configuration of its base model.
+            BaseModelMismatchError: it is for another base model than the one asked for.
+        """
+        return self._intake.inspect(reference, revision, base_model)
+
+    def record_score(
+        self, name: str, task: str, metric: str, value: float, *, namespace: str = DEFAULT_NAMESPACE
+    ) -> Adapter:
+        """Keep how an adapter's present content did at a task; measured again, the score is replaced.
+
+        Raises:
+            AdapterNotFoundError: there is none of that name.
+            ConfigurationError: no name for task or metric, or a value that is no finite number.
+        """
+        adapter = self.get(name, namespace=namespace)
+        self._registry.record_score(adapter, task, metric, value)
+        return adapter
+
+    def scores(self, name: str, *, namespace: str = DEFAULT_NAMESPACE) -> Scores:
+        """Every score of an adapter, those of its present content first."""
+        return self._registry.scores(self.get(name, namespace=namespace))
+
+    def events(self, name: str | None = None, *, namespace: str | None = None, limit: int = 100) -> Events:
+        """Who registered, updated, retired or removed what, and when; the latest first."""
+        return self._registry.events(name, namespace, limit)
+
+    def namespaces(self) -> Names:
+        """Every namespace that something was registered in."""
+        return self._registry.namespaces()
+
+    def list(self, *, namespace: str | None = None, base_model: Reference | None = None) -> Adapters:
+        """All adapters by name, retired ones too, of every namespace and base unless one is given."""
         return self._registry.adapters(namespace, self._base_name(base_model))
 
     def get(self, name: str, *, namespace: str = DEFAULT_NAMESPACE) -> Adapter:
-        """The adapter of that name.
+        """The adapter of that name, retired or not.
 
         Raises:
             AdapterNotFoundError: with names that look alike.
@@ -183,11 +372,11 @@ class LoraHub:
         return self._registry.get(name, namespace)
 
     def samples(self, name: str, *, namespace: str = DEFAULT_NAMESPACE) -> tuple[str, ...]:
-        """The texts that an adapter was registered with; none where its owner gave a vector."""
+        """The texts that were kept of an adapter; none where its owner gave a vector."""
         return self._registry.samples(self.get(name, namespace=namespace))
 
     def remove(self, name: str, *, namespace: str = DEFAULT_NAMESPACE) -> Adapter:
-        """Forget an adapter, its samples and vectors; its files stay.
+        """Forget an adapter, its samples, vectors and scores; its files stay until ``gc``.
 
         Raises:
             AdapterNotFoundError: there is none of that name.
@@ -195,17 +384,18 @@ class LoraHub:
         return self._registry.remove(name, namespace)
 
     def verify(self) -> Verification:
-        """Compare the vector index with SQL."""
+        """Prove that the vector index holds exactly SQL's vectors: every key and every vector is compared."""
         return self._registry.verify()
 
-    def reindex(self) -> int:
-        """Embed what has no vector under the current encoder, and write the vector index anew; returns its size."""
+    def reindex(self, progress: Progress | None = None) -> int:
+        """Embed what has no vector under the current encoder, and write the vector index anew; returns its size.
+
+        Args:
+            progress: called with how many vectors are in the index, and how many there will be.
+        """
         for adapter in self._registry.unembedded():
-            texts = self._registry.samples(adapter)
-            if texts:
-                vector = embed_samples(self.encoder, texts, adapter.name)
-                self._registry.add_embedding(adapter, self.encoder.name, vector)
-        return self._registry.reindex()
+            self._intake.embed_again(adapter)
+        return self._registry.reindex(progress)
 
     @property
     def digest(self) -> str:
@@ -214,60 +404,87 @@ class LoraHub:
 
     # -- which fit a prompt -------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def encoder(self) -> Encoder:
         """The encoder of prompts and samples."""
-        given = self._encoder_given
-        if not isinstance(given, str | os.PathLike):
-            return given
-        resolved = resolve_model(given, endpoint=self._endpoint, token=self._token)
-        return SentenceEncoder(resolved, instruction=self._instruction)
+        with self._lock:
+            if isinstance(self._encoder, str | os.PathLike):
+                resolved = resolve_model(self._encoder, endpoint=self._endpoint, token=self._token)
+                self._encoder = SentenceEncoder(resolved, instruction=self._instruction)
+            return self._encoder
 
     def search(
         self,
         prompt: str,
         k: int = 3,
         *,
-        base_model: str | os.PathLike[str] | None = None,
+        base_model: Reference | None = None,
         exclude: Collection[str] = (),
         namespace: str = DEFAULT_NAMESPACE,
         tags: Collection[str] = (),
+        licenses: Collection[str] = (),
+        scores: Collection[MinScore] = (),
+        min_trust: Trust = "low",
     ) -> Hits:
         """The up to k adapters nearest to a prompt, best first; see ``search_many``."""
-        return self.search_many([prompt], k, base_model=base_model, exclude=exclude, namespace=namespace, tags=tags)[0]
+        return self.search_many(
+            [prompt],
+            k,
+            base_model=base_model,
+            exclude=exclude,
+            namespace=namespace,
+            tags=tags,
+            licenses=licenses,
+            scores=scores,
+            min_trust=min_trust,
+        )[0]
 
     def search_many(
         self,
         prompts: Sequence[str],
         k: int = 3,
         *,
-        base_model: str | os.PathLike[str] | None = None,
+        base_model: Reference | None = None,
         exclude: Collection[str] = (),
         namespace: str = DEFAULT_NAMESPACE,
         tags: Collection[str] = (),
+        licenses: Collection[str] = (),
+        scores: Collection[MinScore] = (),
+        min_trust: Trust = "low",
     ) -> HitLists:
         """For each prompt the up to k nearest adapters, best first; all prompts are encoded in one call.
 
-        Fewer adapters than k give fewer hits, none gives none. Equal scores come in the order of names.
+        Fewer adapters than k give fewer hits, none gives none. Equal scores come in the order of names. What any
+        process committed before the call is seen.
+
+        Args:
+            exclude: names never to return.
+            namespace: only this one's adapters.
+            tags: only adapters that carry all of these.
+            licenses: only adapters under one of these, as their cards name them.
+            scores: only adapters that reached all of these, by ``record_score``.
+            min_trust: "high" leaves out vectors from cards and guesses, "medium" guesses.
 
         Raises:
             ConfigurationError: k below 1.
             EmptyPromptError: a prompt without text.
         """
-        return Retriever(self._registry, self.encoder).search_many(
-            prompts,
-            k,
-            namespace=namespace,
-            base_model=self._base_name(base_model),
-            tags=tags,
-            exclude=exclude,
+        allowed = AdapterFilter(
+            namespace,
+            self._base_name(base_model),
+            tags=tuple(tags),
+            licenses=tuple(licenses),
+            exclude=tuple(exclude),
+            scores=tuple(scores),
+            min_trust=min_trust,
         )
+        return Retriever(self._registry, self.encoder).search_many(prompts, k, allowed)
 
     def route(
         self,
         prompts: Sequence[str],
         *,
-        base_model: str | os.PathLike[str],
+        base_model: Reference,
         routing: Routing | None = None,
     ) -> Routes:
         """How each prompt would be answered, without answering.
@@ -288,7 +505,7 @@ class LoraHub:
         self,
         prompts: Sequence[str],
         *,
-        base_model: str | os.PathLike[str],
+        base_model: Reference,
         routing: Routing | None = None,
         sampling: Sampling | None = None,
         template: Template = "auto",
@@ -315,7 +532,7 @@ class LoraHub:
         self,
         prompt: str,
         *,
-        base_model: str | os.PathLike[str],
+        base_model: Reference,
         routing: Routing | None = None,
         sampling: Sampling | None = None,
         template: Template = "auto",
@@ -326,7 +543,7 @@ class LoraHub:
         (request,) = self._requests([prompt], base_model, routing, sampling, template, overflow)
         yield from self.engine(base_model, settings).stream(request)
 
-    def engine(self, base_model: str | os.PathLike[str], settings: ModelSettings | None = None) -> Engine:
+    def engine(self, base_model: Reference, settings: ModelSettings | None = None) -> Engine:
         """The engine of a base model; loaded on the first call, shared by all later ones with the same settings.
 
         Raises:
@@ -342,7 +559,9 @@ class LoraHub:
             if self._closed:
                 raise EngineClosedError("this hub was closed; open it again")
             if key not in self._engines:
-                self._engines[key] = Engine(load_base_model(self._bases.resolve(base_model), key[1]))
+                self._engines[key] = Engine(
+                    load_base_model(self._bases.resolve(base_model), key[1]), load=self._factors_of
+                )
             return self._engines[key]
 
     # -- end ----------------------------------------------------------------------------------------------------------
@@ -369,7 +588,7 @@ class LoraHub:
     def _requests(
         self,
         prompts: Sequence[str],
-        base_model: str | os.PathLike[str],
+        base_model: Reference,
         routing: Routing | None,
         sampling: Sampling | None,
         template: Template,
@@ -384,12 +603,27 @@ class LoraHub:
         ]
 
     @overload
-    def _base_name(self, base_model: str | os.PathLike[str]) -> str: ...
+    def _base_name(self, base_model: Reference) -> str: ...
     @overload
-    def _base_name(self, base_model: str | os.PathLike[str] | None) -> str | None: ...
-    def _base_name(self, base_model: str | os.PathLike[str] | None) -> str | None:
+    def _base_name(self, base_model: Reference | None) -> str | None: ...
+    def _base_name(self, base_model: Reference | None) -> str | None:
         """The canonical name, under which adapters are registered."""
         return None if base_model is None else self._bases.name(base_model, self._registry.base_models)
+
+    def _factors_of(self, adapter: Adapter) -> AdapterFactors:
+        """An adapter's factors; files that somebody took out of the cache are pulled again, at the same commit."""
+        from lora_hub_sdk.engine.adapter_cache import load_factors
+
+        try:
+            return load_factors(adapter)
+        except AdapterChangedError as error:
+            if os.path.isabs(adapter.repo_id):  # a local folder is its owner's
+                raise
+            try:
+                pulled = self._source.pull(adapter.repo_id, adapter.revision)
+            except LoraHubError as why:
+                raise AdapterChangedError(f"{error}; pulling it again failed: {why}") from why
+            return load_factors(replace(adapter, folder=pulled.folder))
 
     def _shapes_of(self, base: str) -> ModuleShapes:
         from lora_hub_sdk.engine.shapes import module_shapes
@@ -398,23 +632,9 @@ class LoraHub:
             self._shapes[base] = module_shapes(self._bases.resolve(base, config_only=True).folder)
         return self._shapes[base]
 
-    def _vector(self, texts: Sequence[str], embedding: ArrayLike | None, label: str) -> Vector:
-        if embedding is not None:
-            return given_vector(embedding, self.encoder, label)
-        return embed_samples(self.encoder, texts, label)
 
-    def _base_of(self, config: AdapterConfig, asked: str | os.PathLike[str] | None, label: str) -> str:
-        """The canonical name of an adapter's base, which must be the one asked for."""
-        if asked is None:
-            if not config.base_model:
-                raise InvalidConfigError(label, "its configuration names no base model; give base_model=...")
-            return self._bases.name(config.base_model, self._registry.base_models)
-        # An absolute path that does not exist here is a folder on the trainer's machine, and says nothing.
-        nameless = not config.base_model or (
-            Path(config.base_model).is_absolute() and not Path(config.base_model).exists()
-        )
-        if nameless:
-            return self._base_name(asked)
-        found = self._bases.name(config.base_model)
-        check_base_model(config, self._bases.name(asked, lambda: [found]), found, label)
-        return found
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container may run as a user that has no name
+        return "unknown"

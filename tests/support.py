@@ -32,7 +32,7 @@ def bare_adapter(name: str, digest: str | None = None) -> Adapter:
     when = datetime(2026, 1, 1, tzinfo=UTC)
     return Adapter(
         1, name, "default", f"user/{name}", digest[:40], digest, "base", 4, 8.0, ("q_proj",), 10, None, None, (),
-        Path("/nowhere"), 0, when,
+        Path("/nowhere"), 0, when, when,
     )  # fmt: skip
 
 

@@ -208,8 +208,8 @@ def test_a_path_from_the_trainers_machine_gives_way_to_the_base_that_is_named(
     assert hub.register(folder, samples=FRENCH, base_model=base).base_model == str(base)
 
 
-@pytest.mark.parametrize("samples", [None, [], ["", " "], "just one text"])
-def test_an_adapter_without_samples_is_refused(hub: LoraHub, base: Path, tmp_path: Path, samples: Any) -> None:
+@pytest.mark.parametrize("samples", [[], ["", " "], "just one text"])
+def test_samples_without_any_text_are_refused(hub: LoraHub, base: Path, tmp_path: Path, samples: Any) -> None:
     with pytest.raises(errors.SamplesError):
         hub.register(tiny_adapter(tmp_path / "lora", base), samples=samples)
     assert hub.list() == []

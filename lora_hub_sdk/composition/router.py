@@ -25,7 +25,7 @@ class Router:
 
         Raises:
             UnknownStrategyError, ConfigurationError, EmptyPromptError: a call that makes no sense.
-            AdapterNotFoundError: a named adapter is not registered.
+            AdapterNotFoundError, RetiredError: a named adapter is not registered, or was taken out of service.
             NoAdaptersError: nothing to route to.
         """
         check_routing(routing)
@@ -38,7 +38,7 @@ class Router:
         return self._searched(strategy, prompts, base_model, routing)
 
     def _named(self, strategy: Strategy, base_model: str, routing: Routing) -> Route:
-        adapters = [self._registry.get(name, routing.namespace) for name in routing.adapters or ()]
+        adapters = [self._registry.in_service(name, routing.namespace) for name in routing.adapters or ()]
         for adapter in adapters:
             if adapter.base_model != base_model:
                 raise ConfigurationError(
@@ -49,12 +49,7 @@ class Router:
 
     def _searched(self, strategy: Strategy, prompts: Sequence[str], base_model: str, routing: Routing) -> list[Route]:
         found = Retriever(self._registry, self._encoder()).search_many(
-            prompts,
-            strategy.width(routing.k),
-            namespace=routing.namespace,
-            base_model=base_model,
-            tags=routing.tags,
-            exclude=routing.exclude,
+            prompts, strategy.width(routing.k), routing.allowed(base_model)
         )
         if not all(found):
             raise NoAdaptersError(self._why_none(base_model, routing))

@@ -9,15 +9,16 @@ from queue import SimpleQueue
 from typing import Final
 
 from lora_hub_sdk.composition.compose import ComposedBatch, compose
+from lora_hub_sdk.composition.factors import AdapterFactors
 from lora_hub_sdk.composition.mapping import build_plan
-from lora_hub_sdk.engine.adapter_cache import AdapterCache
+from lora_hub_sdk.engine.adapter_cache import AdapterCache, load_factors
 from lora_hub_sdk.engine.base_model import BaseModel
 from lora_hub_sdk.engine.decode import Row, decode
 from lora_hub_sdk.engine.lora_layers import LoraLayers
 from lora_hub_sdk.engine.prompt import EncodedPrompt, Overflow, PromptEncoder, Template
 from lora_hub_sdk.engine.sampling import check_sampling
 from lora_hub_sdk.errors import ConfigurationError, EngineClosedError, RegistryError
-from lora_hub_sdk.types import Completion, Route, Sampling, Trace, Usage
+from lora_hub_sdk.types import Adapter, Completion, Route, Sampling, Trace, Usage
 
 _CACHE_BYTES: Final = 1 << 30
 
@@ -40,16 +41,24 @@ class Engine:
         base: the loaded model.
         adapter_cache_bytes: how many bytes of adapters stay in memory between batches.
         max_batch_size: a call with more requests is answered in several forward batches.
+        load: reads an adapter that is not in memory.
     """
 
-    def __init__(self, base: BaseModel, *, adapter_cache_bytes: int = _CACHE_BYTES, max_batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        *,
+        adapter_cache_bytes: int = _CACHE_BYTES,
+        max_batch_size: int = 64,
+        load: Callable[[Adapter], AdapterFactors] = load_factors,
+    ) -> None:
         if max_batch_size < 1:
             raise ConfigurationError(f"max_batch_size={max_batch_size}: expected 1 or more")
         self.base = base
         self.batches = 0
         self._max_batch_size = max_batch_size
         self._layers = LoraLayers(base.modules)
-        self._cache = AdapterCache(adapter_cache_bytes)
+        self._cache = AdapterCache(adapter_cache_bytes, load)
         self._lock = threading.Lock()
         self._closed = False
 

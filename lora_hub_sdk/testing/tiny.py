@@ -129,7 +129,8 @@ def unregistered(folder: Path, shapes: ModuleShapes, *, id: int = 1) -> Adapter:
         tags=(),
         folder=folder,
         sample_count=0,
-        created_at=datetime.now(UTC),
+        created_at=(now := datetime.now(UTC)),
+        updated_at=now,
     )
 
 

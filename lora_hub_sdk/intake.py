@@ -1,0 +1,333 @@
+"""Intake: how an adapter comes into the registry, and how it moves to another revision."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from lora_hub_sdk.errors import (
+    AdmissionError,
+    ConfigurationError,
+    ConflictError,
+    InvalidConfigError,
+    PinnedError,
+)
+from lora_hub_sdk.models import BaseModels
+from lora_hub_sdk.registry._card import read_card
+from lora_hub_sdk.registry.adapter_config import AdapterConfig, read_adapter_config
+from lora_hub_sdk.registry.admission import Admitted, Limits, ModuleShapes, admit, check_base_model
+from lora_hub_sdk.registry.card_samples import CardSamples
+from lora_hub_sdk.registry.index import Vector
+from lora_hub_sdk.registry.inspection import Inspection, inspect_adapter
+from lora_hub_sdk.registry.records import Registration, Representation
+from lora_hub_sdk.registry.registry import Registry
+from lora_hub_sdk.registry.source import CARD, HubSource, Pulled
+from lora_hub_sdk.retriever.encoder import Encoder
+from lora_hub_sdk.retriever.guess import described, guess_vector
+from lora_hub_sdk.retriever.retriever import embed_samples, given_vector
+from lora_hub_sdk.retriever.samples import Sample, sample_texts
+from lora_hub_sdk.types import DEFAULT_NAMESPACE, Adapter
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+_log = logging.getLogger(__name__)
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_LONGEST_NAME: Final = 512
+_LONGEST_NAMESPACE: Final = 128
+
+Reference = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterRequest:
+    """One adapter to be registered; the fields are those of ``LoraHub.register``."""
+
+    reference: Reference
+    samples: Iterable[Sample] | os.PathLike[str] | None = None
+    embedding: ArrayLike | None = None
+    revision: str | None = None
+    name: str | None = None
+    base_model: Reference | None = None
+    description: str | None = None
+    tags: Iterable[str] = ()
+    namespace: str = DEFAULT_NAMESPACE
+    keep_samples: bool = True
+    redact: Callable[[str], str] | None = None
+
+    @classmethod
+    def of(cls, given: Reference | Mapping[str, Any] | AdapterRequest) -> AdapterRequest:
+        """From a reference alone, or a row with these fields.
+
+        Raises:
+            ConfigurationError: fields that there are not, or no reference.
+        """
+        if isinstance(given, AdapterRequest):
+            return given
+        if isinstance(given, str | os.PathLike):
+            return cls(given)
+        known = {field.name for field in fields(cls)}
+        if not isinstance(given, Mapping) or not isinstance(given.get("reference"), str | os.PathLike):
+            raise ConfigurationError(f"{str(given)[:80]!r}: expected a reference, or an object with a 'reference'")
+        if unknown := sorted(set(map(str, given)) - known):
+            raise ConfigurationError(f"{given['reference']!r}: unknown fields {', '.join(unknown)}")
+        return cls(**given)
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterOutcome:
+    """What became of one adapter of ``register_many``: the adapter, or the error that kept it out."""
+
+    reference: str
+    adapter: Adapter | None
+    error: Exception | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """Files that were pulled and found good."""
+
+    pulled: Pulled
+    admitted: Admitted
+    base_model: str
+
+
+class Intake:
+    """Pulls, checks, embeds and registers. Thread-safe.
+
+    Args:
+        encoder: gives the encoder when something has to be embedded.
+        shapes: gives the module shapes of a base model.
+        card_samples: gives the examples that a pulled folder's card shows or points to.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        source: HubSource,
+        bases: BaseModels,
+        *,
+        encoder: Callable[[], Encoder],
+        shapes: Callable[[str], ModuleShapes],
+        limits: Limits,
+        card_samples: Callable[[Path], CardSamples],
+    ) -> None:
+        self._registry = registry
+        self._source = source
+        self._bases = bases
+        self._encoder = encoder
+        self._shapes = shapes
+        self._limits = limits
+        self._card_samples = card_samples
+
+    def register(self, request: AdapterRequest) -> Adapter:
+        """See ``LoraHub.register``."""
+        label = os.fspath(request.reference)
+        if request.samples is not None and request.embedding is not None:
+            raise ConfigurationError("register: give samples or an embedding, not both")
+        _check_text("namespace", request.namespace, _LONGEST_NAMESPACE)
+        texts = None if request.samples is None else sample_texts(request.samples, label, redact=request.redact)
+        with ExitStack() as lease:
+            candidate = self._checked(request.reference, request.revision, request.base_model, lease)
+            pulled = candidate.pulled
+            name = request.name or (pulled.folder.name if pulled.is_local else pulled.repo_id)
+            _check_text("name", name, _LONGEST_NAME)
+            known = self._registry.find(name, request.namespace)
+            if known is not None:
+                self._registry.check_content(known, candidate.admitted.digest)
+                if request.embedding is None and (texts is None or self._registry.has_samples(known, texts)):
+                    return self._registry.keep_files(known, pulled.folder)
+            return self._registry.add(
+                Registration(
+                    name=name,
+                    namespace=request.namespace,
+                    pulled=pulled,
+                    admitted=candidate.admitted,
+                    base_model=candidate.base_model,
+                    representation=self._represented(candidate, texts, request, label),
+                    description=request.description,
+                    tags=tuple(dict.fromkeys(request.tags)),
+                    follows=None if _COMMIT.fullmatch(request.revision or "") else request.revision,
+                )
+            )
+
+    def register_many(
+        self,
+        requests: Iterable[Reference | Mapping[str, Any] | AdapterRequest],
+        *,
+        workers: int,
+        on_done: Callable[[RegisterOutcome], None],
+    ) -> list[RegisterOutcome]:
+        """See ``LoraHub.register_many``; ``on_done`` is called as each one ends, by the thread that did it."""
+
+        def one(given: Reference | Mapping[str, Any] | AdapterRequest) -> RegisterOutcome:
+            label = str(given.get("reference") if isinstance(given, Mapping) else getattr(given, "reference", given))
+            try:
+                outcome = RegisterOutcome(label, self.register(AdapterRequest.of(given)), None)
+            except Exception as error:  # one failure stops no other, whatever it is
+                outcome = RegisterOutcome(label, None, error)
+            on_done(outcome)
+            return outcome
+
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="register")
+        try:
+            return list(pool.map(one, requests))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def update(self, known: Adapter, request: AdapterRequest) -> Adapter:
+        """Move an adapter to the revision that ``request`` asks for; of its fields only those of content count."""
+        label = known.name
+        if request.samples is not None and request.embedding is not None:
+            raise ConfigurationError("update: give samples or an embedding, not both")
+        if known.pinned:
+            raise PinnedError(
+                f"{label!r} is pinned to revision {known.revision[:12]}; hub.unpin({label!r}) lets it move"
+            )
+        texts = None if request.samples is None else sample_texts(request.samples, label, redact=request.redact)
+        follows = self._registry.store.follows(known)
+        with ExitStack() as lease:
+            candidate = self._checked(request.reference, request.revision or follows, known.base_model, lease)
+            if candidate.base_model != known.base_model:
+                raise ConfigurationError(
+                    f"{label!r} is for base {known.base_model!r}, the newer revision for {candidate.base_model!r}; "
+                    "register that one under another name"
+                )
+            keep = texts is None and request.embedding is None
+            same = (candidate.pulled.revision or candidate.admitted.digest[:40]) == known.revision
+            if keep and same and candidate.admitted.digest == known.digest:
+                return self._registry.keep_files(known, candidate.pulled.folder)
+            if keep and known.origin in ("card", "guess"):
+                keep = False  # the new card may tell another story
+            description, tags = self._registry.store.given(known)
+            registration = Registration(
+                name=known.name,
+                namespace=known.namespace,
+                pulled=candidate.pulled,
+                admitted=candidate.admitted,
+                base_model=known.base_model,
+                representation=None if keep else self._represented(candidate, texts, request, label),
+                description=description,
+                tags=tags,
+                follows=follows if _COMMIT.fullmatch(request.revision or "") else request.revision or follows,
+            )
+            try:
+                return self._registry.replace(known, registration)
+            except ConflictError:
+                now = self._registry.get(known.name, known.namespace)
+                # Somebody else did the very same.
+                if keep and (now.digest, now.revision) == (candidate.admitted.digest, registration.revision):
+                    return now
+                raise
+
+    def inspect(self, reference: Reference, revision: str | None, base_model: Reference | None) -> Inspection:
+        """See ``LoraHub.inspect``."""
+        label = os.fspath(reference)
+        with ExitStack() as lease:
+            pulled = self._source.pull(_typed(reference), revision, lease=lease)
+            try:
+                config = read_adapter_config(pulled.folder, label)
+            except AdmissionError:  # the report tells why
+                shapes: ModuleShapes = {}
+            else:
+                shapes = self._shapes(self._base_of(config, base_model, label))
+            report = inspect_adapter(
+                pulled.folder, source=label, shapes=shapes, limits=self._limits, pickle_files=pulled.pickle_files
+            )
+            return replace(report, repo_id=pulled.repo_id, revision=pulled.revision)
+
+    def embed_again(self, adapter: Adapter) -> None:
+        """Give an adapter a vector under the current encoder, where something is left to make it from."""
+        texts = self._registry.samples(adapter)
+        if texts:
+            vector = embed_samples(self._encoder(), texts, adapter.name)
+        elif adapter.origin == "guess":
+            text = described(adapter.name, adapter.description, tags=adapter.tags)
+            vector = self._guessed(adapter.base_model, adapter.namespace, adapter.folder, text, adapter.name)
+        else:
+            return
+        self._registry.add_embedding(adapter, self._encoder().name, vector)
+
+    def _checked(
+        self, reference: Reference, revision: str | None, base_model: Reference | None, lease: ExitStack
+    ) -> _Candidate:
+        label = os.fspath(reference)
+        pulled = self._source.pull(_typed(reference), revision, lease=lease)
+        config = read_adapter_config(pulled.folder, label)
+        base = self._base_of(config, base_model, label)
+        admitted = admit(
+            pulled.folder,
+            source=label,
+            shapes=self._shapes(base),
+            pickle_files=pulled.pickle_files,
+            limits=self._limits,
+        )
+        return _Candidate(pulled, admitted, base)
+
+    def _base_of(self, config: AdapterConfig, asked: Reference | None, label: str) -> str:
+        """The canonical name of an adapter's base, which must be the one asked for."""
+        known = self._registry.base_models
+        if asked is None:
+            if not config.base_model:
+                raise InvalidConfigError(label, "its configuration names no base model; give base_model=...")
+            return self._bases.name(config.base_model, known)
+        # An absolute path that does not exist here is a folder on the trainer's machine, and says nothing.
+        elsewhere = Path(config.base_model).is_absolute() and not Path(config.base_model).exists()
+        if not config.base_model or elsewhere:
+            return self._bases.name(asked, known)
+        found = self._bases.name(config.base_model)
+        check_base_model(config, self._bases.name(asked, lambda: [found]), found, label)
+        return found
+
+    def _represented(
+        self, candidate: _Candidate, texts: tuple[str, ...] | None, request: AdapterRequest, label: str
+    ) -> Representation:
+        encoder = self._encoder()
+        of = partial(Representation, encoder=encoder.fingerprint, encoder_name=encoder.name)
+        if request.embedding is not None:
+            return of(given_vector(request.embedding, encoder, label), origin="owner")
+        if texts is not None:
+            vector = embed_samples(encoder, texts, label)
+            return of(vector, origin="samples", texts=texts if request.keep_samples else (), count=len(texts))
+        found = self._card_samples(candidate.pulled.folder)
+        if found.texts:
+            _log.info("%s: %d samples from %s", label, len(found.texts), found.source)
+            vector = embed_samples(encoder, found.texts, label)
+            return of(vector, origin="card", texts=found.texts, count=len(found.texts))
+        pulled = candidate.pulled
+        name, summary = request.name or pulled.repo_id, read_card(pulled.folder / CARD).summary
+        text = described(name, request.description, pulled.description, summary, tags=pulled.tags)
+        _log.warning(
+            "%s came without samples and its card shows none: its vector is guessed, and its hits have low trust", label
+        )
+        vector = self._guessed(candidate.base_model, request.namespace, pulled.folder, text, label)
+        return of(vector, origin="guess")
+
+    def _guessed(self, base_model: str, namespace: str, folder: Path, text: str, label: str) -> Vector:
+        # Of the same namespace only: a guess must not tell of adapters that its caller may not see.
+        others = self._registry.adapters(namespace, base_model)
+        vectors = self._registry.vectors(
+            other for other in others if other.origin != "guess" and other.folder != folder
+        )
+        known = [(other.folder, vectors[other.id]) for other in others if other.id in vectors]
+        return guess_vector(self._encoder(), text=text, weights=folder, known=known, source=label)
+
+
+def _typed(reference: Reference) -> str | Path:
+    return reference if isinstance(reference, str) else Path(reference)
+
+
+def _check_text(what: str, text: object, longest: int) -> None:
+    """Refuse names that no database and no person can tell from others."""
+    if not isinstance(text, str) or not text.strip() or text != text.strip() or len(text) > longest:
+        raise ConfigurationError(f"{what}={str(text)[:80]!r}: expected 1 to {longest} characters without blanks around")
+    if not text.isprintable():
+        raise ConfigurationError(f"{what}={text!r} holds characters that cannot be shown")
