@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from langchain_core.callbacks import CallbackManagerForLLMRun
+from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import get_config_list
 from pydantic import ConfigDict, Field
 
 from lora_hub_sdk.composition.strategies import check_routing
@@ -17,7 +20,7 @@ from lora_hub_sdk.engine.sampling import check_sampling
 from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.hub import LoraHub
 from lora_hub_sdk.models import canonical_name, weights_fingerprint
-from lora_hub_sdk.types import DEFAULT_NAMESPACE, Completion, Routing, Sampling, Usage
+from lora_hub_sdk.types import DEFAULT_NAMESPACE, Completion, MinScore, Routing, Sampling, Trust, Usage
 
 _ROUTING: Final = (
     "strategy",
@@ -27,6 +30,9 @@ _ROUTING: Final = (
     "adapters",
     "exclude",
     "namespace",
+    "licenses",
+    "scores",
+    "min_trust",
     "adapter_tags",
 )
 _SAMPLING: Final = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
@@ -42,6 +48,9 @@ class LoraRetrieverLLM(BaseLLM):
     (``llm.invoke(prompt, strategy="fusion", k=2)``). Every generation tells its route in ``generation_info["route"]``:
     ``{"strategy": ..., "adapters": [{"name", "repo_id", "revision", "score", "weight"}, ...]}``; no adapters there
     means that the base model answered.
+
+    ``config={"configurable": {"namespace": ...}}`` sets the namespace of one call, also through a chain: a server hands
+    its caller's namespace over this way, and the call sees no other adapters.
 
     Raises:
         UnknownStrategyError, ConfigurationError: at construction, for values that no call could use.
@@ -63,6 +72,11 @@ class LoraRetrieverLLM(BaseLLM):
     namespace: str = DEFAULT_NAMESPACE
     #: Only adapters that carry all of these tags (``tags`` itself is LangChain's).
     adapter_tags: tuple[str, ...] = ()
+    #: Only adapters under one of these licences, and with all of these scores.
+    licenses: tuple[str, ...] = ()
+    scores: tuple[MinScore, ...] = ()
+    #: "high" leaves out adapters whose vectors come from cards or guesses, "medium" guesses.
+    min_trust: Trust = "low"
     #: "auto": the tokenizer's chat template where it has one. None: the prompt goes in as it is.
     template: Literal["auto", "chat", "alpaca"] | Callable[[str], str] | None = "auto"
     #: A prompt longer than the context loses its front ("cut") or is refused.
@@ -97,6 +111,99 @@ class LoraRetrieverLLM(BaseLLM):
         if Path(base).is_dir():  # a folder's name says nothing about what is in it
             base = f"{base}@{weights_fingerprint(Path(base))}"
         return {"base_model": base, "registry": self.hub.digest, **fields}
+
+    def invoke(
+        self,
+        input: LanguageModelInput,  # noqa: A002 (the name is LangChain's)
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        return super().invoke(input, config, stop=stop, **_with_namespace(config, kwargs))
+
+    async def ainvoke(
+        self,
+        input: LanguageModelInput,  # noqa: A002
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        return await super().ainvoke(input, config, stop=stop, **_with_namespace(config, kwargs))
+
+    def stream(
+        self,
+        input: LanguageModelInput,  # noqa: A002
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[str]:
+        yield from super().stream(input, config, stop=stop, **_with_namespace(config, kwargs))
+
+    async def astream(
+        self,
+        input: LanguageModelInput,  # noqa: A002
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[str]:
+        async for piece in super().astream(input, config, stop=stop, **_with_namespace(config, kwargs)):
+            yield piece
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        answers: dict[int, str] = {}
+        configs = get_config_list(config, len(inputs))
+        for places, named in _by_namespace(configs, kwargs):
+            chosen, of = [inputs[place] for place in places], [configs[place] for place in places]
+            found = super().batch(chosen, of, return_exceptions=return_exceptions, **named)
+            answers.update(zip(places, found, strict=True))
+        return [answers[place] for place in range(len(inputs))]
+
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        answers: dict[int, str] = {}
+        configs = get_config_list(config, len(inputs))
+        for places, named in _by_namespace(configs, kwargs):
+            chosen, of = [inputs[place] for place in places], [configs[place] for place in places]
+            found = await super().abatch(chosen, of, return_exceptions=return_exceptions, **named)
+            answers.update(zip(places, found, strict=True))
+        return [answers[place] for place in range(len(inputs))]
+
+    def generate(
+        self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
+    ) -> LLMResult:
+        # LangChain's cache knows a model's fields but not what is given for one call, and would answer one namespace's
+        # question with another's answer. So what is given becomes a field.
+        named, rest = self._taken(kwargs)
+        return super(LoraRetrieverLLM, named).generate(prompts, stop, callbacks, **rest)
+
+    async def agenerate(
+        self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
+    ) -> LLMResult:
+        named, rest = self._taken(kwargs)
+        return await super(LoraRetrieverLLM, named).agenerate(prompts, stop, callbacks, **rest)
+
+    def _taken(self, kwargs: dict[str, Any]) -> tuple[LoraRetrieverLLM, dict[str, Any]]:
+        """This model with what is given for one call, and what of it is LangChain's."""
+        own = {name: value for name, value in kwargs.items() if name in (*_ROUTING, *_SAMPLING, *_PROMPT)}
+        rest = {name: value for name, value in kwargs.items() if name not in own}
+        return (self.model_copy(update=own) if own else self), rest
 
     def _generate(
         self,
@@ -153,7 +260,7 @@ class LoraRetrieverLLM(BaseLLM):
             kwargs = {**kwargs, "stop": stop}
         value = {name: kwargs.get(name, getattr(self, name)) for name in (*_ROUTING, *_SAMPLING, *_PROMPT)}
         value["tags"] = value.pop("adapter_tags")
-        for name in ("adapters", "exclude", "tags", "stop"):
+        for name in ("adapters", "exclude", "tags", "licenses", "scores", "stop"):
             value[name] = None if value[name] is None else tuple(value[name])
         sampling = Sampling(**{name: value[name] for name in _SAMPLING})
         routing = Routing(**{name: value[name] for name in (*_ROUTING[:-1], "tags")})
@@ -165,6 +272,20 @@ class LoraRetrieverLLM(BaseLLM):
             "template": value["template"],
             "overflow": value["overflow"],
         }
+
+
+def _with_namespace(config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    namespace = (config or {}).get("configurable", {}).get("namespace")
+    return kwargs if namespace is None else {"namespace": namespace, **kwargs}
+
+
+def _by_namespace(configs: list[RunnableConfig], kwargs: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Places of a batch that share a namespace, as one engine batch each, and the keywords of their call."""
+    groups: dict[Any, list[int]] = {}
+    for place, config in enumerate(configs):
+        groups.setdefault(_with_namespace(config, kwargs).get("namespace"), []).append(place)
+    for places in groups.values():
+        yield places, _with_namespace(configs[places[0]], kwargs)
 
 
 def _info(completion: Completion) -> dict[str, Any]:

@@ -167,3 +167,43 @@ def test_an_empty_registry_is_an_error(hub: LoraHub, base: Path) -> None:
 def test_return_exceptions(llm: LoraRetrieverLLM) -> None:
     outcome = llm.batch(["fine", ""], return_exceptions=True)
     assert all(isinstance(each, EmptyPromptError) for each in outcome)
+
+
+def test_what_is_given_for_one_call_is_part_of_the_caches_key(pool: LoraHub, base: Path) -> None:
+    llm = LoraRetrieverLLM(hub=pool, base_model=str(base), max_new_tokens=6, cache=InMemoryCache())
+    plain = LoraRetrieverLLM(hub=pool, base_model=str(base), max_new_tokens=6, cache=False)
+    calls: list[dict[str, Any]] = [{}, {"adapters": ("maths",)}, {"adapters": ("french",)}, {"max_new_tokens": 2}, {}]
+    for call in calls:
+        assert llm.invoke("Say something", **call) == plain.invoke("Say something", **call)
+        assert asyncio.run(llm.ainvoke("Say something", **call)) == plain.invoke("Say something", **call)
+
+
+def test_the_config_of_a_call_sets_its_namespace(pool: LoraHub, base: Path, tmp_path: Path) -> None:
+    for seed, namespace in enumerate(("ann", "bob")):
+        folder = tiny_adapter(tmp_path / namespace, base, seed=20 + seed)
+        pool.register(folder, samples=TASKS["french"], name="french", namespace=namespace)
+
+    def alone(namespace: str) -> str:
+        # A cache must not give one namespace's answer to another, so it is on in the model and off here.
+        return LoraRetrieverLLM(
+            hub=pool, base_model=str(base), namespace=namespace, max_new_tokens=6, cache=False
+        ).invoke("Please: thanks")
+
+    llm = LoraRetrieverLLM(hub=pool, base_model=str(base), max_new_tokens=6, cache=InMemoryCache())
+    chain = PromptTemplate.from_template("Please: {task}") | llm | StrOutputParser()
+    configs: list[Any] = [{"configurable": {"namespace": name}} for name in ("ann", "bob", "default")]
+    expected = [alone(name) for name in ("ann", "bob", "default")]
+    assert len(set(expected)) == 3
+    for _ in range(2):
+        assert [chain.invoke({"task": "thanks"}, config) for config in configs] == expected
+        assert chain.batch([{"task": "thanks"}] * 3, configs) == expected
+        assert asyncio.run(chain.abatch([{"task": "thanks"}] * 3, configs)) == expected
+        assert [asyncio.run(chain.ainvoke({"task": "thanks"}, config)) for config in configs] == expected
+        assert ["".join(chain.stream({"task": "thanks"}, config)) for config in configs] == expected
+    engine = pool.engine(base)
+    before = engine.batches
+    fresh: list[Any] = [{"task": f"thanks {number}"} for number in range(4)]
+    chain.batch(fresh, [configs[number % 2] for number in range(4)])
+    assert engine.batches == before + 2, "one batch for each namespace"
+    with pytest.raises(NoAdaptersError, match="nobody"):
+        chain.invoke({"task": "thanks"}, {"configurable": {"namespace": "nobody"}})
