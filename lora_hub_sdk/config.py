@@ -19,3 +19,8 @@ def cache_home() -> Path:
 def default_database() -> str:
     """What the command line opens without ``--database``: ``LORA_HUB_DATABASE``, else ``hub.db`` right here."""
     return os.environ.get("LORA_HUB_DATABASE", "hub.db")
+
+
+def default_index() -> str | None:
+    """The vector index of the command line: ``LORA_HUB_INDEX``; None, which is one beside the database, where unset."""
+    return os.environ.get("LORA_HUB_INDEX") or None

@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,19 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lora_hub_sdk.cli import app
+from lora_hub_sdk.cli.batch import FIELDS
 from lora_hub_sdk.demo.run import DemoOptions, DemoReport, SystemScore, Watcher
+from lora_hub_sdk.hub import LoraHub
+from lora_hub_sdk.intake import AdapterRequest
+from lora_hub_sdk.registry._hub_cache import HubCache
+from lora_hub_sdk.retriever.encoder import SentenceEncoder
 from lora_hub_sdk.testing import LocalHub
 from lora_hub_sdk.testing.tiny import tiny_adapter, tiny_base
 
 DATES = ("Convert this date to ISO: 3 May 1968", "Write 1 June 2001 as YYYY-MM-DD")
 MOODS = ("Is this review positive or negative? I loved it", "Sentiment of: the food was awful")
+#: Commands that take --endpoint.
+ASKING = {"discover", "inspect", "register", "update", "search", "generate", "verify", "reindex"}
 FAST = ("--max-new-tokens", "4", "--strategy", "mixture", "-k", "2")
 
 
@@ -31,13 +38,21 @@ class Setup:
 
     database: Path
     base: Path
-    endpoint: str
+    hub: LocalHub
     folder: Path
 
     def run(self, *args: str, stdin: str | None = None) -> Result:
         """Run a command on a database; ``--endpoint`` keeps it from the real Hub."""
-        local = () if args[0] in {"list", "show", "db"} else ("--endpoint", self.endpoint)
+        local = ("--endpoint", self.hub.url) if args[0] in ASKING else ()
         return CliRunner().invoke(app, [*args, "--database", str(self.database), *local], input=stdin)
+
+    def error(self, *args: str, stdin: str | None = None) -> tuple[str, str]:
+        """Type and message of the error that a command ends with."""
+        result = self.run(*args, "--json", stdin=stdin)
+        assert result.exit_code == 1, result.output
+        assert "Traceback" not in result.output
+        error = json.loads(result.stdout)["error"]
+        return error["type"], error["message"]
 
     def json(self, *args: str, stdin: str | None = None) -> Any:
         result = self.run(*args, "--json", stdin=stdin)
@@ -50,9 +65,12 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     folder = tmp_path_factory.mktemp("cli")
     base = tiny_base(folder / "base")
     dates, moods = tiny_adapter(folder / "dates", base, rank=4), tiny_adapter(folder / "moods", base, rank=2, seed=1)
-    with LocalHub() as hub:
+    (moods / "README.md").write_text("---\nlicense: mit\n---\nTells moods.\n")
+    with LocalHub() as hub, pytest.MonkeyPatch.context() as patch:
+        # gc frees what it finds there, so it shall not be the developer's own cache.
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hf"))
         hub.publish("someone/dates", dates)
-        setup = Setup(folder / "hub.db", base, hub.url, folder)
+        setup = Setup(folder / "hub.db", base, hub, folder)
         rows = "\n".join(json.dumps({"inputs": text, "targets": "x"}) for text in DATES)
         registered = setup.json("register", "someone/dates", "--samples", "-", "--name", "dates", stdin=rows)
         assert registered["repo_id"] == "someone/dates"
@@ -66,7 +84,7 @@ def own(filled: Setup, tmp_path: Path) -> Setup:
     database = tmp_path / "own.db"
     with sqlite3.connect(filled.database) as source, sqlite3.connect(database) as target:
         source.backup(target)
-    return Setup(database, filled.base, filled.endpoint, tmp_path)
+    return replace(filled, database=database, folder=tmp_path)
 
 
 # -- what adapters exist ------------------------------------------------------------------------------------------
@@ -155,16 +173,285 @@ def test_remove_forgets_the_adapter(own: Setup) -> None:
     assert own.run("remove", "dates").exit_code == 1
 
 
+def test_register_can_forget_the_samples(own: Setup, filled: Setup) -> None:
+    moods = str(filled.folder / "moods")
+    adapter = own.json("register", moods, "--name", "quiet", "--sample", "one", "--sample", "two", "--drop-samples")
+    assert adapter["sample_count"] == 2
+    assert own.json("show", "quiet")["samples"] == []
+
+
+def test_an_adapter_without_samples_is_registered_by_a_guess_and_says_so(own: Setup, filled: Setup) -> None:
+    shown = own.run("register", str(filled.folder / "moods"), "--name", "guessed")
+    assert shown.exit_code == 0, shown.output
+    assert "guessed from its weights" in shown.stdout
+    assert own.json("show", "guessed")["origin"] == "guess"
+    hits = own.json("search", MOODS[0], "-k", "9")
+    assert {hit["adapter"]["name"]: hit["trust"] for hit in hits}["guessed"] == "low"
+    assert "guessed" not in own.run("search", MOODS[0], "-k", "9", "--min-trust", "medium").stdout
+
+
+# -- many adapters at once ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(own: Setup, filled: Setup) -> Path:
+    """Three good lines, and between them one of every kind of failure."""
+    moods = filled.folder / "moods"
+    (own.folder / "texts").mkdir()
+    (own.folder / "texts" / "a.jsonl").write_text('"first"\n{"inputs": "second"}\n')
+    lines = (
+        {"reference": str(moods), "name": "a", "samples": "texts/a.jsonl", "tags": ["x"], "description": None},
+        "{oops",
+        {"reference": "someone/else", "samples": ["x"]},
+        "",
+        {"reference": str(moods), "name": "b", "samples": ["one"], "keep_samples": False, "namespace": "mine"},
+        {"reference": str(moods), "name": "c", "samples": ["one"], "redact": "x"},
+        {"reference": str(moods), "name": "c", "samples": ["one"], "tags": "mood"},
+        {"reference": str(moods), "name": "c", "samples": "texts/missing.jsonl"},
+        {"name": "c"},
+        str(moods),
+    )
+    file = own.folder / "many.jsonl"
+    written = (line if line in ("", "{oops") else json.dumps(line, ensure_ascii=False) for line in lines)
+    file.write_text("\n".join(written) + "\n")
+    return file
+
+
+def test_a_bad_line_of_many_stops_no_other(own: Setup, many: Path) -> None:
+    result = own.run("register", "--from-file", str(many), "--workers", "2", "--json")
+    assert result.exit_code == 1, result.output
+    assert result.stderr == ""
+    rows = json.loads(result.stdout)
+    assert {row["line"]: row["adapter"]["name"] for row in rows if row["adapter"]} == {1: "a", 5: "b", 10: "moods"}
+    errors = {row["line"]: row["error"] for row in rows if row["error"]}
+    assert errors[3] == {"type": "RepoNotFoundError", "message": errors[3]["message"]}
+    for line, told in (
+        (2, "no JSON"),
+        (6, "'redact'"),
+        (7, "a list of texts"),
+        (8, "cannot be read"),
+        (9, "reference"),
+    ):
+        assert errors[line]["type"] == "ConfigurationError", errors[line]
+        assert told in errors[line]["message"]
+    assert len(rows) == 9
+    assert own.json("show", "a")["samples"] == ["first", "second"]
+    assert own.json("show", "a")["tags"] == ["x"]
+    assert own.json("show", "b", "--namespace", "mine")["samples"] == []
+    assert own.json("namespaces") == ["default", "mine"]
+    assert own.run("namespaces").stdout == "default\nmine\n"
+
+
+def test_many_adapters_for_people_are_a_table_and_a_bar_where_somebody_watches(
+    own: Setup, many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unwatched = own.run("register", "--from-file", str(many))
+    assert (unwatched.exit_code, unwatched.stderr) == (1, "")
+    assert "3 of 9 adapters are registered" in unwatched.stdout
+    assert "someone/else" in unwatched.stdout
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    assert "5/5" in own.run("register", "--from-file", str(many)).stderr  # four lines ask for nothing
+    assert "4/4" in own.run("reindex", "--index", "exact").stderr
+    assert own.run("reindex", "--index", "exact", "--json").stderr == ""
+
+
+def test_many_adapters_from_stdin_get_the_namespace_of_the_command(own: Setup, filled: Setup) -> None:
+    line = json.dumps({"reference": str(filled.folder / "moods"), "samples": ["x"]})
+    (row,) = own.json("register", "--from-file", "-", "--namespace", "piped", stdin=f"\ufeff{line}\r\n")
+    assert row["adapter"]["namespace"] == "piped"
+    assert own.json("register", "--from-file", "-", stdin="\n") == []
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (),
+        ("someone/dates", "--from-file", "many.jsonl"),
+        ("--from-file", "many.jsonl", "--sample", "x"),
+        ("--from-file", "many.jsonl", "--drop-samples"),
+    ],
+)
+def test_one_adapter_or_a_file_of_them_but_not_both(own: Setup, args: Sequence[str]) -> None:
+    result = own.run("register", *args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--from-file" in result.stderr
+
+
+def test_a_file_of_adapters_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    command = ["register", "--from-file", str(tmp_path / "none"), "--database", str(tmp_path / "hub.db")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert "cannot be read" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_may_say_all_that_a_request_can_but_code() -> None:
+    assert FIELDS.keys() == {field.name for field in fields(AdapterRequest)} - {"redact"}
+
+
+# -- how they change ------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_updated_held_and_its_old_files_are_freed(own: Setup, filled: Setup) -> None:
+    repo, name = f"someone/{own.folder.name}", "moving"
+    first = filled.hub.publish(repo, filled.folder / "dates")
+    own.json("register", repo, "--name", name, "--sample", DATES[0], "--actor", "ann")
+    assert "nothing newer" in own.run("update", name).stdout
+    second = filled.hub.publish(repo, tiny_adapter(own.folder / "newer", filled.base, rank=3, seed=5))
+    assert own.json("pin", name)["pinned"] is True
+    assert "active, pinned" in own.run("list").stdout
+    assert own.error("update", name)[0] == "PinnedError"
+    assert name in own.run("unpin", name).stdout
+    updated = own.run("update", name)
+    assert updated.exit_code == 0, updated.output
+    assert f"at {second[:12]}" in updated.stdout
+    assert f"was at {first[:12]}" in updated.stdout
+
+    told = own.json("gc", "--dry-run")
+    assert told == {**told, "commits": [f"{repo}@{first}"], "busy": [], "dry_run": True}
+    assert told["size_bytes"] > 0
+    assert f"{repo}@{first}" in own.run("gc", "--dry-run").stdout
+    with HubCache(None).lease(repo, first):
+        assert own.json("gc")["busy"] == [f"{repo}@{first}"]
+        assert "left alone" in own.run("gc").stdout
+    assert own.run("gc").stdout.startswith("freed ")
+    assert own.json("gc") == {"size_bytes": 0, "commits": [], "busy": [], "dry_run": False}
+    assert own.json("update", name, "--revision", first)["revision"] == first  # downloaded again
+
+    events = own.json("events", name)
+    assert [event["action"] for event in events][-1] == "registered"
+    assert events[-1]["actor"] == "ann"
+    assert "ann" in own.run("events", name, "--namespace", "default").stdout
+    assert len(own.json("events", "--limit", "1")) == 1
+    assert own.json("events", "never-there") == []
+
+
+def test_update_takes_other_samples(own: Setup) -> None:
+    updated = own.json("update", "moods", "--samples", "-", stdin='"quite another thing"\n')
+    assert updated["sample_count"] == 1
+    assert own.json("show", "moods")["samples"] == ["quite another thing"]
+    assert own.error("update", "nobody")[0] == "AdapterNotFoundError"
+    assert own.error("update", "moods", "--samples", str(own.folder / "none.jsonl"))[0] == "ConfigurationError"
+
+
+def test_a_retired_adapter_is_not_found_until_it_is_restored(own: Setup) -> None:
+    found = ("search", DATES[0], "--index", "exact")
+    assert own.json("retire", "dates")["state"] == "retired"
+    assert "retired" in own.run("list").stdout
+    assert [hit["adapter"]["name"] for hit in own.json(*found)] == ["moods"]
+    assert "in service" in own.run("restore", "dates").stdout
+    assert len(own.json(*found)) == 2
+    for command in ("pin", "unpin", "retire", "restore"):
+        assert own.error(command, "nobody")[0] == "AdapterNotFoundError"
+
+
+def test_offline_asks_no_hub(own: Setup) -> None:
+    before = len(own.hub.requests)
+    assert own.error("inspect", "someone/never-pulled", "--offline")[0] == "DownloadError"
+    assert own.error("register", "someone/never-pulled", "--sample", "x", "--offline")[0] == "DownloadError"
+    assert len(own.hub.requests) == before
+
+
+# -- what a Hub has ------------------------------------------------------------------------------------------
+
+
+def test_discover_finds_what_could_be_registered(filled: Setup, tmp_path: Path) -> None:
+    looking = replace(filled, database=tmp_path / "none.db")
+    for name, kind in (("good", "LORA"), ("bad", "IA3")):
+        (tmp_path / name).mkdir()
+        config = {"peft_type": kind, "r": 4, "lora_alpha": 8, "base_model_name_or_path": "base/small"}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+        (tmp_path / name / "README.md").write_text("---\nbase_model: base/small\ntags: [lora]\n---\n")
+        filled.hub.publish(f"finder/{name}", tmp_path / name)
+    (candidate,) = looking.json("discover", "base/small")
+    assert (candidate["repo_id"], candidate["rank"], candidate["problem"]) == ("finder/good", 4, None)
+    both = looking.json("discover", "base/small", "--refused")
+    assert {row["repo_id"] for row in both} == {"finder/good", "finder/bad"}
+    shown = looking.run("discover", "base/small", "--refused", "--limit", "5")
+    assert "finder/good" in shown.stdout
+    assert "IA3" in shown.stdout
+    assert "no adapters" in looking.run("discover", "base/small", "--query", "nothing-like-it").stdout
+    assert looking.run("discover", "base/small", "--limit", "0").exit_code == 2
+    assert looking.error("discover", str(filled.base))[0] == "ConfigurationError"
+    assert not looking.database.exists()
+
+
+def test_inspect_reports_every_check_and_registers_nothing(filled: Setup, tmp_path: Path) -> None:
+    looking = replace(filled, database=tmp_path / "none.db")
+    report = looking.json("inspect", "someone/dates")
+    assert report["accepted"] is True
+    assert report["rank"] == 4
+    assert {check["passed"] for check in report["checks"]} == {True}
+    assert "would be registered" in looking.run("inspect", str(filled.folder / "moods")).stdout
+
+    broken = shutil.copytree(filled.folder / "moods", tmp_path / "broken")
+    weights = broken / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    refused = looking.run("inspect", str(broken))
+    assert (refused.exit_code, refused.stderr) == (1, "")
+    assert "DamagedWeightsError" in refused.stdout
+    assert "not reached" in refused.stdout
+    assert json.loads(looking.run("inspect", str(broken), "--json").stdout)["accepted"] is False
+    assert looking.error("inspect", "someone/else")[0] == "RepoNotFoundError"
+    assert not looking.database.exists()
+
+
+# -- how they did ------------------------------------------------------------------------------------------
+
+
+def test_scores_are_kept_and_shown(own: Setup) -> None:
+    told = own.json("score", "dates", "iso", "accuracy", "0.75", "--actor", "ann")
+    assert (told["name"], told["task"], told["metric"], told["value"]) == ("dates", "iso", "accuracy", 0.75)
+    assert "iso/loss = -1.5 for dates" in own.run("score", "dates", "iso", "loss", "-1.5").stdout
+    scores = {score["metric"]: score["value"] for score in own.json("show", "dates")["scores"]}
+    assert scores == {"accuracy": 0.75, "loss": -1.5}
+    assert "iso/accuracy = 0.75" in own.run("show", "dates").stdout
+    assert own.json("events", "dates", "--limit", "2")[1]["actor"] == "ann"
+    assert own.error("score", "nobody", "iso", "accuracy", "1")[0] == "AdapterNotFoundError"
+    assert own.error("score", "dates", "iso", "accuracy", "nan")[0] == "ConfigurationError"
+    assert own.run("score", "dates", "iso", "accuracy", "good").exit_code == 2
+    assert own.run("score", "dates", "iso", "accuracy", "1", "--acter", "ann").exit_code == 2
+
+
 # -- search and answers ------------------------------------------------------------------------------------------
 
 
 def test_search_finds_the_adapter_whose_samples_are_alike(filled: Setup) -> None:
     hits = filled.json("search", "Convert this date to ISO: 9 July 1980", "-k", "2")
     assert [hit["adapter"]["name"] for hit in hits] == ["dates", "moods"]
+    assert {hit["trust"] for hit in hits} == {"high"}
     assert hits[0]["score"] > hits[1]["score"]
     shown = filled.run("search", "Convert this date to ISO: 9 July 1980", "-k", "1")
     assert "dates" in shown.stdout
+    assert "high" in shown.stdout
     assert "moods" not in shown.stdout
+
+
+def test_search_takes_only_what_its_filters_let_through(own: Setup) -> None:
+    own.json("score", "dates", "glue/dates", "exact match", "0.5")
+    for options, names in (
+        ((), ["dates", "moods"]),
+        (("--tag", "mood"), ["moods"]),
+        (("--tag", "mood", "--tag", "other"), []),
+        (("--license", "MIT", "--license", "apache-2.0"), ["moods"]),
+        (("--scored", "glue/dates/exact match=0.5"), ["dates"]),
+        (("--scored", "glue/dates/exact match=0.6"), []),
+        (("--min-trust", "high"), ["dates", "moods"]),
+    ):
+        hits = own.json("search", DATES[0], "--index", "exact", *options)
+        assert [hit["adapter"]["name"] for hit in hits] == names, options
+    assert "no adapters" in own.run("search", DATES[0], "--tag", "other").stdout
+    for wrong in ("sst2=0.9", "sst2/accuracy", "sst2/accuracy=good", "/accuracy=1"):
+        refused = own.run("search", DATES[0], "--scored", wrong)
+        assert (refused.exit_code, refused.stdout) == (2, ""), wrong
+        assert "TASK/METRIC=VALUE" in refused.stderr
+
+
+def test_generate_filters_as_search_does(filled: Setup) -> None:
+    common = ("generate", DATES[0], "--base-model", str(filled.base), "--max-new-tokens", "1")
+    (answer,) = filled.json(*common, "--tag", "mood", "--license", "mit")
+    assert [member["name"] for member in answer["route"]["adapters"]] == ["moods"]
+    assert filled.error(*common, "--scored", "nobody/measured=1")[0] == "NoAdaptersError"
 
 
 def test_generate_answers_all_prompts_in_one_batch(filled: Setup) -> None:
@@ -234,6 +521,12 @@ def test_usage_errors_have_exit_code_2(filled: Setup) -> None:
         ("show", "x"),
         ("search", "x"),
         ("remove", "x"),
+        ("retire", "x"),
+        ("update", "x"),
+        ("score", "x", "task", "metric", "1"),
+        ("events",),
+        ("namespaces",),
+        ("gc",),
         ("generate", "x"),
         ("verify",),
         ("reindex",),
@@ -248,19 +541,45 @@ def test_a_missing_database_is_an_error_and_stays_missing(filled: Setup, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_verify_and_reindex(own: Setup) -> None:
-    before = own.run("verify", "--json")
-    assert before.exit_code == 1  # the copy came without the index beside it
-    assert len(json.loads(before.stdout)["missing"]) == 2
-    assert "lora-hub reindex" in own.run("verify").stdout
+def test_verify_and_reindex(own: Setup, encoder: SentenceEncoder) -> None:
     assert own.json("reindex") == {"vectors": 2}
-    assert own.json("verify") == {"agrees": True, "vectors": 2, "missing": [], "surplus": [], "unembedded": []}
+    agreed = {"agrees": True, "vectors": 2, "missing": [], "surplus": [], "changed": [], "unembedded": []}
+    assert own.json("verify") == agreed
+    assert "agree on 2 vectors" in own.run("verify").stdout
+    with LoraHub(own.database, encoder=encoder) as hub:
+        index = hub._registry._follower._index
+        lost, changed = sorted(index.keys())
+        entry = next(hub._registry.store.entries([changed]))[0]
+        index.delete([lost, changed])
+        index.put([replace(entry, vector=-entry.vector), replace(entry, adapter_id=99, embedding_id=99)])
+    damaged = own.run("verify", "--json")
+    assert damaged.exit_code == 1
+    assert json.loads(damaged.stdout) == {
+        **agreed,
+        "agrees": False,
+        "missing": [lost],
+        "surplus": ["99-99"],
+        "changed": [changed],
+    }
+    shown = own.run("verify")
+    assert shown.exit_code == 1
+    assert "lacks 1, has 1 changed and 1 too many; run: lora-hub reindex" in shown.stdout
+    assert own.json("verify", "--index", str(own.folder / "elsewhere")) == agreed
+    assert "holds 2 vectors" in own.run("reindex").stdout
+    assert own.json("verify") == agreed
+
+
+def test_the_index_may_be_named_by_the_environment(own: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_HUB_INDEX", str(own.folder / "named"))
+    own.json("reindex")
+    assert (own.folder / "named" / "chroma.sqlite3").is_file()
+    assert not list(own.folder.glob("own.db.*"))
 
 
 def test_db_check_and_upgrade(tmp_path: Path, filled: Setup) -> None:
     versions = filled.json("db", "check")
     assert versions["current"] == versions["head"]
-    fresh = Setup(tmp_path / "fresh.db", filled.base, filled.endpoint, tmp_path)
+    fresh = replace(filled, database=tmp_path / "fresh.db")
     assert fresh.json("db", "upgrade") == {"from": None, "to": versions["head"]}
     assert "is current" in fresh.run("db", "upgrade").stdout
     with sqlite3.connect(fresh.database) as connection:
@@ -272,7 +591,7 @@ def test_db_check_and_upgrade(tmp_path: Path, filled: Setup) -> None:
 
 
 def test_a_file_that_is_no_database_is_an_error(tmp_path: Path, filled: Setup) -> None:
-    wrong = Setup(tmp_path / "text.db", filled.base, filled.endpoint, tmp_path)
+    wrong = replace(filled, database=tmp_path / "text.db")
     shutil.copy(__file__, wrong.database)
     for args in (("list",), ("db", "check"), ("db", "upgrade")):
         result = wrong.run(*args, "--json")
@@ -324,7 +643,9 @@ def test_the_entry_point_prints_nothing_but_json(filled: Setup) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["list"], ["show", "dates"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["generate", "--help"], ["list"], ["show", "dates"], ["events"], ["unpin", "dates"]]
+)
 def test_light_commands_import_no_heavy_library(filled: Setup, args: list[str]) -> None:
     if args[-1] != "--help":
         args = [*args, "--database", str(filled.database)]

@@ -14,7 +14,19 @@ from rich.text import Text
 from lora_hub_sdk.cli.adapters import adapter_data
 from lora_hub_sdk.cli.command import Outcome, command
 from lora_hub_sdk.cli.opening import open_hub, quiet_libraries
-from lora_hub_sdk.cli.options import AsJson, BaseModelFilter, Database, Endpoint, Namespace, NearestCount
+from lora_hub_sdk.cli.options import (
+    AsJson,
+    BaseModelFilter,
+    Database,
+    Endpoint,
+    Index,
+    LicenseFilter,
+    Namespace,
+    NearestCount,
+    ScoreFilter,
+    TagFilter,
+    TrustFilter,
+)
 from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.types import DEFAULT_NAMESPACE, Completion, Hit, Route, Routing, Sampling
 
@@ -30,16 +42,30 @@ def search(
     *,
     k: NearestCount = 3,
     base_model: BaseModelFilter = None,
+    tag: TagFilter = None,
+    licence: LicenseFilter = None,
+    scored: ScoreFilter = None,
+    min_trust: TrustFilter = "low",
     database: Database,
+    index: Index,
     endpoint: Endpoint = None,
     namespace: Namespace = DEFAULT_NAMESPACE,
     as_json: AsJson = False,
 ) -> Outcome:
     """Find the adapters nearest to a prompt."""
     quiet_libraries()
-    with open_hub(database, endpoint) as hub:
-        hits = hub.search(prompt, k, base_model=base_model, namespace=namespace)
-    data = [{"score": hit.score, "adapter": adapter_data(hit.adapter)} for hit in hits]
+    with open_hub(database, endpoint, index=index) as hub:
+        hits = hub.search(
+            prompt,
+            k,
+            base_model=base_model,
+            namespace=namespace,
+            tags=tag or (),
+            licenses=licence or (),
+            scores=scored or (),
+            min_trust=min_trust,
+        )
+    data = [{"score": hit.score, "trust": hit.trust, "adapter": adapter_data(hit.adapter)} for hit in hits]
     return Outcome(data, _hits_table(hits) if hits else Text("no adapters"))
 
 
@@ -52,6 +78,10 @@ def generate(
     weights: Annotated[str, typer.Option(help="uniform or similarity.")] = "uniform",
     min_score: Annotated[float | None, typer.Option(help="Drop adapters below this cosine.")] = None,
     adapter: Annotated[list[str] | None, typer.Option(help="Use this one without a search; may be repeated.")] = None,
+    tag: TagFilter = None,
+    licence: LicenseFilter = None,
+    scored: ScoreFilter = None,
+    min_trust: TrustFilter = "low",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
@@ -63,6 +93,7 @@ def generate(
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Number format of the base model.")
     ] = "auto",
     database: Database,
+    index: Index,
     endpoint: Endpoint = None,
     namespace: Namespace = DEFAULT_NAMESPACE,
     as_json: AsJson = False,
@@ -72,12 +103,21 @@ def generate(
     quiet_libraries()
     from lora_hub_sdk.engine.base_model import ModelSettings
 
-    with open_hub(database, endpoint) as hub:
+    with open_hub(database, endpoint, index=index) as hub:
         completions = hub.generate(
             texts,
             base_model=base_model,
             routing=Routing(
-                strategy, k, weights, min_score, adapters=tuple(adapter) if adapter else None, namespace=namespace
+                strategy,
+                k,
+                weights,
+                min_score,
+                adapters=tuple(adapter) if adapter else None,
+                namespace=namespace,
+                tags=tuple(tag or ()),
+                licenses=tuple(licence or ()),
+                scores=tuple(scored or ()),
+                min_trust=min_trust,
             ),
             sampling=Sampling(max_new_tokens, temperature, seed=seed, stop=tuple(stop or ())),
             template=None if template == "none" else template,
@@ -139,12 +179,17 @@ def _answer(prompt: str, completion: Completion, *, alone: bool) -> Text:
 def _hits_table(hits: Sequence[Hit]) -> Table:
     table = Table()
     table.add_column("score", justify="right")
+    table.add_column("trust")
     table.add_column("name", overflow="fold")
     table.add_column("base model")
     table.add_column("description")
     for hit in hits:
         adapter = hit.adapter
         table.add_row(
-            f"{hit.score:.3f}", Text(adapter.name), Text(adapter.base_model), Text(adapter.description or "-")
+            f"{hit.score:.3f}",
+            hit.trust,
+            Text(adapter.name),
+            Text(adapter.base_model),
+            Text(adapter.description or "-"),
         )
     return table

@@ -30,7 +30,9 @@ class Outcome:
     exit_code: int = 0
 
 
-def command(app: typer.Typer, name: str) -> Callable[[Callable[_P, Outcome]], Callable[_P, Outcome]]:
+def command(
+    app: typer.Typer, name: str, *, ignore_unknown_options: bool = False
+) -> Callable[[Callable[_P, Outcome]], Callable[_P, Outcome]]:
     """Add a function as a command. It returns an ``Outcome`` and has a keyword ``as_json``.
 
     While it runs, standard output belongs to standard error, so that no library's chatter mixes with the result.
@@ -49,10 +51,15 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[_P, Outcome]], Ca
             if outcome.exit_code:
                 raise typer.Exit(outcome.exit_code)
 
-        app.command(name)(run)
+        app.command(name, context_settings={"ignore_unknown_options": ignore_unknown_options})(run)
         return body
 
     return add
+
+
+def error_data(error: Exception) -> dict[str, str]:
+    """An error as JSON knows it."""
+    return {"type": type(error).__name__, "message": str(error)}
 
 
 def stderr() -> Console:
@@ -74,6 +81,6 @@ def _errors_reported(as_json: bool) -> Iterator[None]:
         yield
     except LoraHubError as error:
         if as_json:
-            _print_json({"error": {"type": type(error).__name__, "message": str(error)}})
+            _print_json({"error": error_data(error)})
         stderr().print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         raise typer.Exit(1) from error

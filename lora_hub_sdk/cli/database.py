@@ -12,12 +12,13 @@ from rich.text import Text
 
 from lora_hub_sdk.cli.command import Outcome, command
 from lora_hub_sdk.cli.opening import open_hub, quiet_libraries, require_database
-from lora_hub_sdk.cli.options import AsJson, Database, Endpoint
+from lora_hub_sdk.cli.options import Actor, AsJson, Database, Endpoint, Index
+from lora_hub_sdk.cli.progress import bar
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-    from lora_hub_sdk.registry.registry import Verification
+    from lora_hub_sdk.registry.follower import Verification
 
 
 def add_to(app: typer.Typer) -> None:
@@ -30,20 +31,25 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(group, name="db")
 
 
-def verify(*, database: Database, endpoint: Endpoint = None, as_json: AsJson = False) -> Outcome:
+def verify(*, database: Database, index: Index, endpoint: Endpoint = None, as_json: AsJson = False) -> Outcome:
     """Compare the vector index with the database; exit code 1 where they differ."""
     quiet_libraries()
-    with open_hub(database, endpoint) as hub:
+    with open_hub(database, endpoint, index=index) as hub:
         found = hub.verify()
     data = {"agrees": found.agrees, **{name: _plain(value) for name, value in asdict(found).items()}}
     return Outcome(data, Text(_verdict(found)), exit_code=0 if found.agrees else 1)
 
 
-def reindex(*, database: Database, endpoint: Endpoint = None, as_json: AsJson = False) -> Outcome:
+def reindex(
+    *, database: Database, index: Index, endpoint: Endpoint = None, actor: Actor = None, as_json: AsJson = False
+) -> Outcome:
     """Embed what has no vector under the current encoder, and write the vector index anew."""
     quiet_libraries()
-    with open_hub(database, endpoint) as hub:
-        count = hub.reindex()
+    with (
+        open_hub(database, endpoint, index=index, actor=actor) as hub,
+        bar("writing the index", as_json=as_json) as move,
+    ):
+        count = hub.reindex(move)
     return Outcome({"vectors": count}, Text(f"the index holds {count} vectors"))
 
 
@@ -95,8 +101,8 @@ def _verdict(found: Verification) -> str:
         verdict = f"index and database agree on {found.vectors} vectors"
     else:
         verdict = (
-            f"of {found.vectors} vectors the index lacks {len(found.missing)} and has {len(found.surplus)} too many; "
-            "run: lora-hub reindex"
+            f"of {found.vectors} vectors the index lacks {len(found.missing)}, has {len(found.changed)} changed and "
+            f"{len(found.surplus)} too many; run: lora-hub reindex"
         )
     if found.unembedded:
         verdict += f"\nnot searchable under the current encoder: {', '.join(found.unembedded)}; run: lora-hub reindex"

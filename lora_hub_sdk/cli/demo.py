@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 
-from lora_hub_sdk.cli.command import Outcome, command, stderr
+from lora_hub_sdk.cli.command import Outcome, command
 from lora_hub_sdk.cli.opening import quiet_libraries
 from lora_hub_sdk.cli.options import AsJson
+from lora_hub_sdk.cli.progress import bars
 
 
 def add_to(app: typer.Typer) -> None:
@@ -40,15 +41,9 @@ def demo(
     from lora_hub_sdk.demo.run import DemoOptions, run_demo
 
     options = DemoOptions(database=database, cache_dir=cache_dir, dtype=dtype, per_task=per_task, seed=seed)
-    with _progress() as progress:
+    with bars() as progress:
         report = run_demo(options, watcher=_Bars(progress))
     return Outcome(report.as_dict(), render(report))
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=stderr()
-    )
 
 
 class _Bars:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lora_hub_sdk.cli import adapters, answers, database, demo
+from lora_hub_sdk.cli import adapters, answers, database, demo, discovery, history, lifecycle, registration
 
 app = typer.Typer(
     name="lora-hub",
@@ -14,10 +14,8 @@ app = typer.Typer(
     # A traceback of ours is for bug reports; locals in it could hold prompts and tokens.
     pretty_exceptions_show_locals=False,
 )
-demo.add_to(app)
-adapters.add_to(app)
-answers.add_to(app)
-database.add_to(app)
+for commands in (demo, discovery, registration, adapters, answers, history, lifecycle, database):
+    commands.add_to(app)
 
 
 def main() -> None:

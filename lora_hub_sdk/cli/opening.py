@@ -14,7 +14,15 @@ if TYPE_CHECKING:
 _CHATTY: Final = ("huggingface_hub", "httpx", "sentence_transformers", "chromadb", "alembic", "bitsandbytes")
 
 
-def open_hub(database: str, endpoint: str | None = None, *, create: bool = False) -> LoraHub:
+def open_hub(
+    database: str,
+    endpoint: str | None = None,
+    *,
+    index: str | None = None,
+    offline: bool = False,
+    actor: str | None = None,
+    create: bool = False,
+) -> LoraHub:
     """The hub of a command.
 
     Raises:
@@ -24,7 +32,12 @@ def open_hub(database: str, endpoint: str | None = None, *, create: bool = False
 
     if not create:
         require_database(database)
-    return LoraHub(database, endpoint=endpoint)
+    return LoraHub(database, index=index, endpoint=endpoint, offline=offline, actor=actor)
+
+
+def open_to_look(database: str, endpoint: str | None = None, *, offline: bool = False) -> LoraHub:
+    """The hub of a command that registers nothing: where there is no database, none is made."""
+    return open_hub(":memory:" if _is_missing(database) else database, endpoint, offline=offline, create=True)
 
 
 def require_database(database: str) -> None:
@@ -33,15 +46,7 @@ def require_database(database: str) -> None:
     Raises:
         ConfigurationError: names the file and how one comes to be.
     """
-    from sqlalchemy.exc import ArgumentError
-
-    from lora_hub_sdk.registry.schema import database_url, sqlite_file
-
-    try:
-        file = sqlite_file(database_url(database))
-    except ArgumentError:
-        return  # opening it says what is wrong
-    if file is not None and not file.is_file():
+    if _is_missing(database):
         raise ConfigurationError(
             f"database {database!r} does not exist; name another with --database, or register an adapter to create it"
         )
@@ -63,3 +68,15 @@ def quiet_libraries() -> None:
     settings.set_verbosity_error()
     if converted_folder(SMOLLM2).is_dir():
         settings.disable_progress_bar()
+
+
+def _is_missing(database: str) -> bool:
+    from sqlalchemy.exc import ArgumentError
+
+    from lora_hub_sdk.registry.schema import database_url, sqlite_file
+
+    try:
+        file = sqlite_file(database_url(database))
+    except ArgumentError:
+        return False  # opening it says what is wrong
+    return file is not None and not file.is_file()

@@ -1,4 +1,4 @@
-"""The options that several commands share, each declared once."""
+"""The arguments and options that several commands share, each declared once."""
 
 from __future__ import annotations
 
@@ -6,8 +6,26 @@ from typing import Annotated
 
 import typer
 
-from lora_hub_sdk.config import default_database
+from lora_hub_sdk.config import default_database, default_index
+from lora_hub_sdk.types import MinScore, Trust
 
+
+def _min_score(given: str | MinScore) -> MinScore:
+    """From ``TASK/METRIC=VALUE``; the last slash parts the two, as names of tasks may hold some."""
+    if isinstance(given, MinScore):
+        return given
+    name, equals, value = given.rpartition("=")
+    task, slash, metric = name.rpartition("/")
+    try:
+        number = float(value)
+    except ValueError:
+        number = None
+    if not (equals and slash and task and metric) or number is None:
+        raise typer.BadParameter(f"{given!r}: expected TASK/METRIC=VALUE, like sst2/accuracy=0.9")
+    return MinScore(task, metric, number)
+
+
+AdapterName = Annotated[str, typer.Argument(help="Name of a registered adapter.")]
 Database = Annotated[
     str,
     typer.Option(
@@ -17,10 +35,57 @@ Database = Annotated[
         help="SQLite file or SQLAlchemy URL of the registry.",
     ),
 ]
+Index = Annotated[
+    str | None,
+    typer.Option(
+        "--index",
+        default_factory=default_index,
+        show_default="LORA_HUB_INDEX, else beside the database",
+        help="Folder of the vector index, URL of a Chroma server, or exact for one in memory.",
+    ),
+]
 Endpoint = Annotated[
     str | None, typer.Option("--endpoint", help="A Hub other than https://huggingface.co.", metavar="URL")
 ]
+Offline = Annotated[bool, typer.Option("--offline", help="Ask no Hub; take what was pulled before.")]
+Actor = Annotated[
+    str | None, typer.Option("--actor", help="Who is written into the history; by default this process's user.")
+]
 Namespace = Annotated[str, typer.Option("--namespace", help="Where names are looked up and adapters searched.")]
+OneNamespace = Annotated[str | None, typer.Option("--namespace", help="Only this namespace; by default all of them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
+SamplesFile = Annotated[
+    str | None,
+    typer.Option(
+        "--samples",
+        help='JSON lines, each a text or an object with "inputs"; a .txt has plain lines; - is stdin.',
+        metavar="FILE",
+    ),
+]
+DropSamples = Annotated[bool, typer.Option("--drop-samples", help="Forget the samples' texts once they are embedded.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit; pinned to its commit.")]
+OwnBase = Annotated[str | None, typer.Option("--base-model", help="The base that the adapter must be for.")]
 BaseModelFilter = Annotated[str | None, typer.Option("--base-model", help="Only adapters for this base model.")]
+TagFilter = Annotated[
+    list[str] | None, typer.Option("--tag", help="Only adapters that carry this tag; repeated: all of them.")
+]
+LicenseFilter = Annotated[
+    list[str] | None, typer.Option("--license", help="Only adapters under this licence; repeated: under one of them.")
+]
+ScoreFilter = Annotated[
+    list[MinScore] | None,
+    typer.Option(
+        "--scored",
+        parser=_min_score,
+        metavar="TASK/METRIC=VALUE",
+        help="Only adapters whose recorded score is at least this; may be repeated.",
+    ),
+]
+TrustFilter = Annotated[
+    Trust,
+    typer.Option(
+        "--min-trust",
+        help="high: only vectors of given samples; medium: also of the card's examples; low: guesses too.",
+    ),
+]
 NearestCount = Annotated[int, typer.Option("-k", help="How many adapters to retrieve for a prompt.")]
