@@ -18,6 +18,9 @@ from lora_hub_sdk.hub import LoraHub
 from lora_hub_sdk.models import resolve_model
 from lora_hub_sdk.retriever.encoder import SentenceEncoder
 from lora_hub_sdk.testing import tiny_base
+from tests.servers import chroma_server as chroma_server
+from tests.servers import postgres as postgres
+from tests.servers import postgres_server as postgres_server
 
 #: Evaluation material beside the project, where there is any; never on a user's machine.
 SHARED = Path(__file__).resolve().parents[2] / "shared"
