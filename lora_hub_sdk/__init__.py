@@ -15,33 +15,44 @@ if TYPE_CHECKING:
     from lora_hub_sdk.engine.base_model import ModelSettings
     from lora_hub_sdk.errors import LoraHubError
     from lora_hub_sdk.hub import LoraHub
+    from lora_hub_sdk.intake import AdapterRequest, RegisterOutcome
+    from lora_hub_sdk.registry.admission import Limits
     from lora_hub_sdk.types import (
         Adapter,
         Completion,
+        Event,
         Hit,
         Member,
+        MinScore,
         Plan,
         Route,
         Routing,
         Sampling,
+        Score,
         Trace,
         Usage,
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Adapter",
+    "AdapterRequest",
     "Completion",
+    "Event",
     "Hit",
+    "Limits",
     "LoraHub",
     "LoraHubError",
     "LoraRetrieverLLM",
     "Member",
+    "MinScore",
     "ModelSettings",
     "Plan",
+    "RegisterOutcome",
     "Route",
     "Routing",
     "Sampling",
+    "Score",
     "Trace",
     "Usage",
 ]
@@ -49,17 +60,22 @@ __all__ = [
 _TYPES: Final = (
     "Adapter",
     "Completion",
+    "Event",
     "Hit",
     "Member",
+    "MinScore",
     "Plan",
     "Route",
     "Routing",
     "Sampling",
+    "Score",
     "Trace",
     "Usage",
 )
 _HOME: Final = {
     **dict.fromkeys(_TYPES, "lora_hub_sdk.types"),
+    **dict.fromkeys(("AdapterRequest", "RegisterOutcome"), "lora_hub_sdk.intake"),
+    "Limits": "lora_hub_sdk.registry.admission",
     "LoraHub": "lora_hub_sdk.hub",
     "LoraHubError": "lora_hub_sdk.errors",
     "ModelSettings": "lora_hub_sdk.engine.base_model",

@@ -246,6 +246,22 @@ def test_a_retired_adapter_is_neither_found_nor_used_until_it_is_restored(
     assert answers(hub, base, "user/one")
 
 
+@pytest.mark.parametrize("requests", range(1, 8))
+def test_a_branch_that_moves_between_two_requests_gives_one_of_its_commits_whole(
+    hub: LoraHub, server: LocalHub, base: Path, tmp_path: Path, requests: int
+) -> None:
+    folders = [tiny_adapter(tmp_path / str(seed), base, seed=seed, rank=2 + seed) for seed in range(2)]
+    commits = {server.publish("user/lora", folders[0]): hub.inspect(folders[0]).digest}
+
+    def move() -> None:
+        commits[server.publish("user/lora", folders[1])] = hub.inspect(folders[1]).digest
+
+    server.after(requests, move)
+    adapter = hub.register("user/lora", samples=FRENCH)
+    assert adapter.digest == commits[adapter.revision]
+    assert hub.inspect(adapter.folder).digest == adapter.digest
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 
 

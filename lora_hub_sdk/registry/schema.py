@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,7 +11,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError
 from sqlalchemy.pool import QueuePool
 
-from lora_hub_sdk.errors import ConfigurationError, SchemaError
+from lora_hub_sdk.errors import ConfigurationError, MissingExtraError, SchemaError
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -39,7 +40,10 @@ def open_database(database: str) -> Engine:
             file.parent.mkdir(parents=True, exist_ok=True)
             engine = create_engine(url)
     except (ArgumentError, ImportError) as error:
-        raise ConfigurationError(f"database {database!r} cannot be opened: {error}") from error
+        if isinstance(error, ModuleNotFoundError) and error.name == "psycopg":
+            raise MissingExtraError("a PostgreSQL database", "postgres") from error
+        shown = re.sub(r"//([^/@:]*):[^@]*@", r"//\1:***@", database)  # a password is nobody else's business
+        raise ConfigurationError(f"database {shown!r} cannot be opened: {error}") from error
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

@@ -202,7 +202,8 @@ def test_a_file_that_is_no_database_is_left_alone(file: str) -> None:
         ensure_schema(open_database(file))
 
 
-@pytest.mark.parametrize("url", ["nosuch://x", "postgresql+nodriver://x/y"])
-def test_a_url_that_cannot_be_opened_is_a_configuration_error(url: str) -> None:
-    with pytest.raises(ConfigurationError, match="cannot be opened"):
+@pytest.mark.parametrize("url", ["nosuch://ann:secret@x", "postgresql+nodriver://ann:secret@x/y", "://:x@"])
+def test_a_url_that_cannot_be_opened_is_a_configuration_error_that_tells_no_password(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be opened") as refused:
         open_database(url)
+    assert "secret" not in str(refused.value)
