@@ -40,6 +40,7 @@ Where people already catch a standard type (``ValueError``, ``LookupError``), th
     │   ├── EncoderMismatchError               vectors of another encoder
     │   ├── IndexUnavailableError (ConnectionError)  the server of the vector index does not answer
     │   ├── IndexDamagedError                  a vector index that cannot be read any more
+    │   ├── StorageError (OSError)             the database does not answer, is locked, or is full
     │   └── SchemaError                        a database older or newer than this package
     └── GenerationError
         ├── EmptyPromptError (ValueError)
@@ -257,6 +258,10 @@ class IndexUnavailableError(RegistryError, ConnectionError):
 
 class IndexDamagedError(RegistryError):
     """The files of the vector index cannot be read any more; it is rebuilt from SQL."""
+
+
+class StorageError(RegistryError, OSError):
+    """The database cannot be reached, stays locked, or is full; nothing was written."""
 
 
 class SchemaError(RegistryError):

@@ -21,6 +21,7 @@ from lora_hub_sdk.registry.gc import Freed, collect
 from lora_hub_sdk.registry.registry import Registry
 from lora_hub_sdk.registry.source import HubSource
 from lora_hub_sdk.retriever.encoder import INSTRUCTION, Encoder, SentenceEncoder
+from lora_hub_sdk.retriever.query import names_of
 from lora_hub_sdk.retriever.retriever import Retriever
 from lora_hub_sdk.retriever.samples import Sample
 from lora_hub_sdk.types import (
@@ -80,7 +81,7 @@ class LoraHub:
         cache_dir: where pulled adapters are kept; None is huggingface_hub's cache.
         base_folders: Hub ids of base models and the folders that hold them, for machines that shall not download.
         limits: bounds on sizes, ranks and norms that no adapter may pass.
-        offline: ask no Hub for adapters; what was pulled before can be registered.
+        offline: ask no Hub; what was pulled before can be registered and used.
         actor: who is written into the events; the user of this process where nobody is named.
 
     Raises:
@@ -108,7 +109,8 @@ class LoraHub:
         self._token = token
         self._encoder: Reference | Encoder = encoder
         self._instruction = instruction
-        self._bases = BaseModels(base_folders, endpoint=endpoint, token=token)
+        self._offline = offline
+        self._bases = BaseModels(base_folders, endpoint=endpoint, token=token, offline=offline)
         self._registry = Registry(
             os.fspath(database), index=index, encoder=lambda: self.encoder.fingerprint, actor=actor or _user()
         )
@@ -320,6 +322,7 @@ class LoraHub:
             include_refused=include_refused,
             endpoint=self._endpoint,
             token=self._token,
+            offline=self._offline,
         )
 
     def inspect(
@@ -409,7 +412,9 @@ class LoraHub:
         """The encoder of prompts and samples."""
         with self._lock:
             if isinstance(self._encoder, str | os.PathLike):
-                resolved = resolve_model(self._encoder, endpoint=self._endpoint, token=self._token)
+                resolved = resolve_model(
+                    self._encoder, endpoint=self._endpoint, token=self._token, offline=self._offline
+                )
                 self._encoder = SentenceEncoder(resolved, instruction=self._instruction)
             return self._encoder
 
@@ -472,9 +477,9 @@ class LoraHub:
         allowed = AdapterFilter(
             namespace,
             self._base_name(base_model),
-            tags=tuple(tags),
-            licenses=tuple(licenses),
-            exclude=tuple(exclude),
+            tags=names_of("tags", tags),
+            licenses=names_of("licenses", licenses),
+            exclude=names_of("exclude", exclude),
             scores=tuple(scores),
             min_trust=min_trust,
         )

@@ -32,6 +32,7 @@ from lora_hub_sdk.registry.registry import Registry
 from lora_hub_sdk.registry.source import CARD, HubSource, Pulled
 from lora_hub_sdk.retriever.encoder import Encoder
 from lora_hub_sdk.retriever.guess import described, guess_vector
+from lora_hub_sdk.retriever.query import names_of
 from lora_hub_sdk.retriever.retriever import embed_samples, given_vector
 from lora_hub_sdk.retriever.samples import Sample, sample_texts
 from lora_hub_sdk.types import DEFAULT_NAMESPACE, Adapter
@@ -154,7 +155,7 @@ class Intake:
                     base_model=candidate.base_model,
                     representation=self._represented(candidate, texts, request, label),
                     description=request.description,
-                    tags=tuple(dict.fromkeys(request.tags)),
+                    tags=names_of("tags", request.tags),
                     follows=None if _COMMIT.fullmatch(request.revision or "") else request.revision,
                 )
             )

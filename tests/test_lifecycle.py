@@ -539,3 +539,29 @@ def test_discovery_lists_adapters_of_a_base_and_registers_none(
     (french,) = hub.discover(name, "fr")
     assert hub.list() == []
     assert hub.register(french.repo_id, revision=french.revision, samples=FRENCH).base_model == name
+
+
+def test_arguments_that_make_no_sense_are_refused(hub: LoraHub, publish: Callable[..., str]) -> None:
+    publish("user/lora")
+    hub.register("user/lora", samples=FRENCH)
+    for call in (
+        lambda: hub.search("x", tags="french"),
+        lambda: hub.search("x", licenses="mit"),
+        lambda: hub.search("x", exclude="user/lora"),
+        lambda: hub.search("x", min_trust="sure"),  # type: ignore[arg-type]
+        lambda: hub.register("user/lora", name="other", samples=FRENCH, tags="french"),
+        lambda: hub.register("user/lora", name=" other", samples=FRENCH),
+        lambda: hub.update("user/lora", samples=FRENCH, embedding=[1.0]),
+        lambda: hub.events(limit=0),
+        lambda: hub.discover("some/base", limit=0),
+    ):
+        with pytest.raises(errors.ConfigurationError):
+            call()
+    assert len(hub.list()) == 1
+
+
+def test_offline_finds_no_adapters_on_the_hub(open_hub: Callable[..., LoraHub], server: LocalHub) -> None:
+    before = len(server.requests)
+    with pytest.raises(errors.SourceError, match="offline"):
+        open_hub(endpoint=server.url, offline=True).discover("some/base")
+    assert len(server.requests) == before

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from lora_hub_sdk.errors import ConfigurationError
@@ -25,7 +25,7 @@ class BaseModels:
 
     Args:
         folders: Hub ids and the folders that hold these very models, for machines that cannot or shall not download.
-        endpoint, token: as for ``resolve_model``.
+        endpoint, token, offline: as for ``resolve_model``.
 
     Raises:
         ConfigurationError: a folder that does not exist.
@@ -37,13 +37,13 @@ class BaseModels:
         *,
         endpoint: str | None = None,
         token: str | None = None,
+        offline: bool = False,
     ) -> None:
         self._folders = {canonical_name(name): Path(folder).expanduser() for name, folder in (folders or {}).items()}
         for name, folder in self._folders.items():
             if not folder.is_dir():
                 raise ConfigurationError(f"base_folders[{name!r}]: there is no folder {str(folder)!r}")
-        self._endpoint = endpoint
-        self._token = token
+        self._resolve = partial(resolve_model, endpoint=endpoint, token=token, offline=offline)
         self._same_weights = cache(_same_weights)
 
     def name(self, reference: Reference, known: Callable[[], Iterable[str]] = tuple) -> str:
@@ -60,7 +60,7 @@ class BaseModels:
         """Its files, as ``resolve_model``; a folder that was named for a Hub id goes before the Hub."""
         folder = self._folders.get(canonical_name(reference))
         if folder is None:
-            return resolve_model(reference, endpoint=self._endpoint, token=self._token, config_only=config_only)
+            return self._resolve(reference, config_only=config_only)
         return replace(resolve_model(folder, config_only=config_only), id=canonical_name(reference))
 
 

@@ -15,6 +15,8 @@ from lora_hub_sdk.models.wheel import converted_folder, folder_from_wheel
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 # Encoders on the Hub carry the same weights again for other runtimes.
 _OTHER_RUNTIMES = ["onnx/*", "openvino/*", "original/*", "runs/*", "checkpoint*/*"]
+#: Seconds that a Hub may stay silent when asked for a configuration.
+_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ def resolve_model(
     endpoint: str | None = None,
     token: str | None = None,
     config_only: bool = False,
+    offline: bool = False,
 ) -> ResolvedModel:
     """Find a base model or an encoder, downloading it where that is needed.
 
@@ -39,13 +42,15 @@ def resolve_model(
         name: a local folder, a Hub id, or an embedded name ("smollm2-135m-instruct", "all-minilm-l6-v2").
         endpoint: a Hub other than https://huggingface.co.
         config_only: a folder with config.json is enough; no weights are downloaded.
+        offline: ask no Hub.
 
     Raises:
         ModelNotFoundError: no source has it; the message lists what was tried and why it failed.
         ModelDamagedError: found, but incomplete or with a wrong checksum.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    # Strangers' configurations name base models: os.path has an answer for every text, pathlib raises for some.
+    path = Path(os.path.expanduser(name))
+    if "\0" not in str(name) and os.path.isdir(path):
         _require_complete(str(name), path, config_only)
         return ResolvedModel(canonical_name(name), path.resolve(), "path")
     model = embedded(str(name))
@@ -56,7 +61,7 @@ def resolve_model(
     cached = _from_cache(repo_id, config_only)
     if cached is not None:
         return ResolvedModel(repo_id, cached, "cache")
-    pulled = _from_hub(repo_id, endpoint, token, config_only)
+    pulled = "not asked, as this is offline" if offline else _from_hub(repo_id, endpoint, token, config_only)
     if isinstance(pulled, Path):
         _require_complete(repo_id, pulled, config_only)
         return ResolvedModel(repo_id, pulled, "hub")
@@ -93,15 +98,19 @@ def _from_cache(repo_id: str, config_only: bool) -> Path | None:
 
 def _from_hub(repo_id: str, endpoint: str | None, token: str | None, config_only: bool) -> Path | str:
     """The downloaded folder, or the reason why there is none."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
+        if config_only:
+            # Bounded in time, unlike a snapshot's listing: registering waits for it.
+            file = hf_hub_download(repo_id, "config.json", endpoint=endpoint, token=token, etag_timeout=_TIMEOUT)
+            return Path(file).parent
         return Path(
             snapshot_download(
                 repo_id,
                 endpoint=endpoint,
                 token=token,
-                allow_patterns=["config.json"] if config_only else _PATTERNS,
+                allow_patterns=_PATTERNS,
                 ignore_patterns=_OTHER_RUNTIMES,
             )
         )

@@ -58,6 +58,7 @@ def discover(
     token: str | None = None,
     timeout: float = 10.0,
     limits: Limits | None = None,
+    offline: bool = False,
 ) -> list[Candidate]:
     """Adapters for a base model, the most downloaded first.
 
@@ -72,6 +73,7 @@ def discover(
         max_scanned: how many repositories are looked at, at most.
         timeout: seconds that the Hub may stay silent.
         limits: an adapter of a larger rank has a problem.
+        offline: ask nobody; then this raises.
 
     Raises:
         ConfigurationError: a base model without a Hub id, a limit below 1, or a token that cannot be sent.
@@ -82,7 +84,7 @@ def discover(
         raise ConfigurationError(f"base_model is {base_model!r}; the Hub is searched by a Hub id like 'owner/name'")
     if limit < 1 or max_scanned < 1:
         raise ConfigurationError(f"limit={limit} and max_scanned={max_scanned} must both be 1 or more")
-    source = HubSource(endpoint=endpoint, token=token, timeout=timeout)
+    source = HubSource(endpoint=endpoint, token=token, timeout=timeout, offline=offline)
     look = _Look(source, base, limits or Limits())
     listed = islice(_listed(source, base, query), max_scanned)
     found: list[Candidate] = []

@@ -34,10 +34,11 @@ def collect(store: SqlStore, *, dry_run: bool = False) -> Freed:
     commits: list[str] = []
     busy: list[str] = []
     size = 0
+    used = store.folders_in_use()
     with ExitStack() as leases:
         gone: list[Pull] = []
         for pull in store.pulls():
-            if pull.folder in store.folders_in_use() or not _cache_root(pull).is_dir():
+            if pull.folder in used or not _cache_root(pull).is_dir():
                 continue
             if _is_free(pull, leases):
                 gone.append(pull)
@@ -48,8 +49,10 @@ def collect(store: SqlStore, *, dry_run: bool = False) -> Freed:
         for root in sorted({_cache_root(pull) for pull in gone}):
             here = [pull for pull in gone if _cache_root(pull) == root and pull.folder not in used]
             size += _remove(root, here, dry_run)
-            commits += map(_label, here)
-            for pull in () if dry_run else here:
+            # What could not be deleted is tried again the next time.
+            done = here if dry_run else [pull for pull in here if not Path(pull.folder).exists()]
+            commits += map(_label, done)
+            for pull in () if dry_run else done:
                 store.forget_pull(pull.folder)
     return Freed(size, tuple(commits), tuple(busy))
 

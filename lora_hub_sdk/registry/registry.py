@@ -200,7 +200,13 @@ class Registry:
         return self.store.scores(adapter)
 
     def events(self, name: str | None, namespace: str | None, limit: int) -> list[Event]:
-        """The latest events, newest first."""
+        """The latest events, newest first.
+
+        Raises:
+            ConfigurationError: a limit below 1.
+        """
+        if limit < 1:
+            raise ConfigurationError(f"limit={limit}: expected 1 or more")
         return self.store.events(name, namespace, limit)
 
     # -- searching ----------------------------------------------------------------------------------------------------

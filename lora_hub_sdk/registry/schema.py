@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError
+from sqlalchemy.engine.interfaces import ExceptionContext
+from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, OperationalError
 from sqlalchemy.pool import QueuePool
 
-from lora_hub_sdk.errors import ConfigurationError, MissingExtraError, SchemaError
+from lora_hub_sdk.errors import ConfigurationError, MissingExtraError, SchemaError, StorageError
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -30,7 +31,9 @@ def open_database(database: str) -> Engine:
     try:
         url = database_url(database)
         if url.get_backend_name() != "sqlite":
-            return create_engine(url, pool_pre_ping=True)
+            engine = create_engine(url, pool_pre_ping=True)
+            event.listen(engine, "handle_error", _translate)
+            return engine
         file = sqlite_file(url)
         if file is None:
             # One connection, lent to one thread at a time: every further one would be an empty database of its own.
@@ -44,6 +47,7 @@ def open_database(database: str) -> Engine:
             raise MissingExtraError("a PostgreSQL database", "postgres") from error
         shown = re.sub(r"//([^/@:]*):[^@]*@", r"//\1:***@", database)  # a password is nobody else's business
         raise ConfigurationError(f"database {shown!r} cannot be opened: {error}") from error
+    event.listen(engine, "handle_error", _translate)
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -63,6 +67,16 @@ def sqlite_file(url: URL) -> Path | None:
     if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):
         return None
     return Path(str(url.database))
+
+
+def _translate(context: ExceptionContext) -> None:
+    """Trouble of the database itself leaves as ours; what statements did wrong stays SQLAlchemy's."""
+    if isinstance(context.sqlalchemy_exception, OperationalError | InterfaceError):
+        why = str(context.original_exception).strip().splitlines()[0]
+        raise StorageError(
+            f"{_name(context.engine)}: {why}; nothing was written: see that the database runs, has room and may be "
+            "written, then try again"
+        ) from context.original_exception
 
 
 def _set_up_sqlite(connection: Any, _record: object) -> None:
@@ -188,5 +202,7 @@ def _refuse(engine: Engine, found: str) -> None:
     )
 
 
-def _name(engine: Engine) -> str:
+def _name(engine: Engine | None) -> str:
+    if engine is None:
+        return "the database"
     return str(sqlite_file(engine.url) or engine.url.render_as_string(hide_password=True))

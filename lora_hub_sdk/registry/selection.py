@@ -7,6 +7,7 @@ from typing import Final
 from sqlalchemy import ColumnElement, exists, func
 from sqlalchemy.orm import aliased
 
+from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.registry.tables import AdapterRow, RevisionRow, ScoreRow, TagRow
 from lora_hub_sdk.types import TRUST, AdapterFilter, Trust
 
@@ -14,7 +15,13 @@ _ORDER: Final[tuple[Trust, ...]] = ("low", "medium", "high")
 
 
 def visible(allowed: AdapterFilter) -> list[ColumnElement[bool]]:
-    """The conditions on ``adapters`` of a filter, ``exclude`` left out; retired adapters are never visible."""
+    """The conditions on ``adapters`` of a filter, ``exclude`` left out; retired adapters are never visible.
+
+    Raises:
+        ConfigurationError: a degree of trust that there is not.
+    """
+    if allowed.min_trust not in _ORDER:
+        raise ConfigurationError(f"min_trust={allowed.min_trust!r}: expected one of {', '.join(_ORDER)}")
     conditions = [AdapterRow.state == "active", AdapterRow.namespace == allowed.namespace]
     if allowed.base_model is not None:
         conditions.append(AdapterRow.base_model == allowed.base_model)

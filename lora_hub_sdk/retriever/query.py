@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lora_hub_sdk.errors import ConfigurationError, EmptyPromptError
 
@@ -29,3 +29,18 @@ def check_prompts(prompts: Sequence[str]) -> None:
     for row, prompt in enumerate(prompts):
         if not prompt.strip():
             raise EmptyPromptError(row)
+
+
+def names_of(what: str, values: Iterable[str]) -> tuple[str, ...]:
+    """Names that were given as a list, without repetitions.
+
+    Raises:
+        ConfigurationError: one text, whose letters would be taken for names, or something that is no text.
+    """
+    if isinstance(values, str):
+        raise ConfigurationError(f"{what}={values!r} is one text, expected a list of them: [{values!r}]")
+    names = tuple(dict.fromkeys(values))
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigurationError(f"{what}: expected texts, found {name!r}")
+    return names

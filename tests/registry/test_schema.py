@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from sqlalchemy import MetaData, inspect, text
 
-from lora_hub_sdk.errors import ConfigurationError, SchemaError
+from lora_hub_sdk.errors import ConfigurationError, SchemaError, StorageError
 from lora_hub_sdk.registry.registry import Registry
 from lora_hub_sdk.registry.schema import (
     _config,
@@ -27,6 +27,7 @@ from lora_hub_sdk.registry.schema import (
 from lora_hub_sdk.registry.tables import Base
 from lora_hub_sdk.types import AdapterFilter
 from tests.registry.entries import entry, unit
+from tests.servers import free_port
 
 #: Written by version 0.1 with schema 0001: an adapter removed, three left, two of them in one namespace.
 OLD = Path(__file__).parent / "data" / "hub-0001.db"
@@ -207,3 +208,26 @@ def test_a_url_that_cannot_be_opened_is_a_configuration_error_that_tells_no_pass
     with pytest.raises(ConfigurationError, match="cannot be opened") as refused:
         open_database(url)
     assert "secret" not in str(refused.value)
+
+
+def test_a_database_that_does_not_answer_is_a_storage_error(file: str, tmp_path: Path) -> None:
+    nobody = f"postgresql://ann:secret@127.0.0.1:{free_port()}/hub?connect_timeout=2"
+    with pytest.raises(StorageError, match="try again") as refused:
+        Registry(nobody, index="exact", encoder=lambda: "e" * 64)
+    assert "secret" not in str(refused.value)
+    (tmp_path / "folder.db").mkdir()
+    with pytest.raises(StorageError, match="unable to open"):
+        Registry(str(tmp_path / "folder.db"), index="exact", encoder=lambda: "e" * 64)
+    registry = Registry(file, index="exact", encoder=lambda: "e" * 64)
+    registry.add(entry("kept", unit(1, 0, 0)))
+    with registry._engine.connect() as full:
+        full.exec_driver_sql(f"pragma max_page_count={full.exec_driver_sql('pragma page_count').scalar()}")
+        full.commit()
+    more = (entry(f"more {number}", unit(1, 0, 0), samples=("x" * 10_000,)) for number in range(100))
+    with pytest.raises(StorageError, match="full"):
+        list(map(registry.add, more))
+    again = Registry(file, index="exact", encoder=lambda: "e" * 64)
+    assert again.get("kept", "default").sample_count == 2
+    assert {event.name for event in again.events(None, None, 999)} == {adapter.name for adapter in again.adapters()}
+    registry.close()
+    again.close()
