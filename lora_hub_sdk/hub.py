@@ -129,7 +129,13 @@ class LoraHub:
             encoder=lambda: self.encoder,
             shapes=self._shapes_of,
             limits=limits or Limits(),
-            card_samples=lambda folder: card_samples(folder, endpoint=endpoint, token=token, offline=offline),
+            card_samples=lambda pulled: card_samples(
+                pulled.folder,
+                endpoint=endpoint,
+                token=token,
+                offline=offline,
+                owner=None if pulled.is_local else pulled.repo_id.partition("/")[0],
+            ),
         )
         self._engines: dict[tuple[str, ModelSettings], Engine] = {}
         self._shapes: dict[str, ModuleShapes] = {}

@@ -107,7 +107,7 @@ class Intake:
     Args:
         encoder: gives the encoder when something has to be embedded.
         shapes: gives the module shapes of a base model.
-        card_samples: gives the examples that a pulled folder's card shows or points to.
+        card_samples: gives the examples that a pulled adapter's card shows or points to.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Intake:
         encoder: Callable[[], Encoder],
         shapes: Callable[[str], ModuleShapes],
         limits: Limits,
-        card_samples: Callable[[Path], CardSamples],
+        card_samples: Callable[[Pulled], CardSamples],
     ) -> None:
         self._registry = registry
         self._source = source
@@ -298,7 +298,7 @@ class Intake:
         if texts is not None:
             vector = embed_samples(encoder, texts, label)
             return of(vector, origin="samples", texts=texts if request.keep_samples else (), count=len(texts))
-        found = self._card_samples(candidate.pulled.folder)
+        found = self._card_samples(candidate.pulled)
         if found.texts:
             _log.info("%s: %d samples from %s", label, len(found.texts), found.source)
             vector = embed_samples(encoder, found.texts, label)

@@ -388,6 +388,22 @@ def test_samples_come_from_a_dataset_that_the_card_names(
     assert set(hub.samples("user/lora")) <= {row["inputs"] for row in rows}
 
 
+def test_a_strangers_card_does_not_draw_on_the_callers_private_data(
+    open_hub: Callable[..., LoraHub], server: LocalHub, publish: Callable[..., str], tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text('{"inputs": "The salary of Mrs Dubois"}')
+    server.publish_dataset("ann/private", data, private=True)
+    card = "---\ndatasets: [ann/private]\n---\n# Lora\nIt does sums.\n"
+    publish("mallory/lora", card=card)
+    publish("ann/lora", seed=1, card=card)
+    hub = open_hub(endpoint=server.url, token=TOKEN)
+    assert hub.register("mallory/lora").origin == "guess"
+    assert hub.register("ann/lora").origin == "card"
+    assert hub.samples("ann/lora") == ("The salary of Mrs Dubois",)
+
+
 def test_without_anything_the_vector_is_guessed_and_every_hit_says_so(
     hub: LoraHub, publish: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:

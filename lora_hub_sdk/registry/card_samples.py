@@ -63,6 +63,7 @@ def card_samples(
     token: str | None = None,
     timeout: float = 10.0,
     offline: bool = False,
+    owner: str | None = None,
 ) -> CardSamples:
     """Prompts that an adapter's card shows or points to.
 
@@ -74,6 +75,8 @@ def card_samples(
     Args:
         folder: the adapter's folder; its README.md is the card.
         offline: use the card alone.
+        owner: whose adapter this is on the Hub; None for a local folder. Datasets of anybody else are asked for without
+            a token: a stranger's card must not draw on data that only the caller may read.
     """
     card = read_card(folder / CARD)
     texts = _kept(_prompt_of(item) for item in card.widget)
@@ -81,8 +84,9 @@ def card_samples(
         return CardSamples(texts, "the card's widget")
     if offline:
         return CardSamples()
-    source = HubSource(endpoint=endpoint, token=token, timeout=timeout)
     for dataset in card.datasets[:_MAX_DATASETS]:
+        trusted = owner is None or dataset.startswith(f"{owner}/")
+        source = HubSource(endpoint=endpoint, token=token if trusted else False, timeout=timeout)
         # A stranger's bytes go through several parsers, and none of them may cost the adapter.
         try:
             found = _from_dataset(source, dataset)

@@ -76,7 +76,7 @@ class HubSource:
 
     Args:
         endpoint: a Hub other than the configured one (https://huggingface.co).
-        token: opens private and gated repositories; None uses the one that huggingface_hub finds.
+        token: opens private and gated repositories; None uses the one that huggingface_hub finds, False none.
         cache_dir: huggingface_hub's cache; None for its usual place.
         timeout: seconds that the Hub may stay silent when asked for a revision or for a file's metadata.
             Silence in the middle of a file is bounded by huggingface_hub's own HF_HUB_DOWNLOAD_TIMEOUT.
@@ -92,7 +92,7 @@ class HubSource:
         self,
         *,
         endpoint: str | None = None,
-        token: str | None = None,
+        token: str | Literal[False] | None = None,
         cache_dir: Path | None = None,
         timeout: float = 10.0,
         limits: Limits | None = None,
@@ -100,7 +100,7 @@ class HubSource:
         note_pull: Callable[[Path, str, str], None] | None = None,
     ) -> None:
         # The HTTP library would quote such a token in its own message.
-        if token is not None and not re.fullmatch(r"[!-~]+", token):
+        if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):
             raise ConfigurationError("the Hub token is empty or holds characters that no token has; check it")
         self._endpoint = endpoint.rstrip("/") if endpoint else None
         self._token = token
@@ -195,7 +195,7 @@ class HubSource:
         except Exception as error:
             from lora_hub_sdk.registry._source_errors import translate
 
-            raise translate(error, repo_id=asked, revision=revision, token=self._token) from error
+            raise translate(error, repo_id=asked, revision=revision, token=self._token or None) from error
 
     def _get_once(self, path: str, query: str, asked: str, revision: str | None, max_bytes: int) -> Answer:
         if self._offline:
