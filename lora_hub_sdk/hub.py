@@ -6,6 +6,7 @@ import getpass
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -630,11 +631,13 @@ class LoraHub:
         except AdapterChangedError as error:
             if os.path.isabs(adapter.repo_id):  # a local folder is its owner's
                 raise
-            try:
-                pulled = self._source.pull(adapter.repo_id, adapter.revision)
-            except LoraHubError as why:
-                raise AdapterChangedError(f"{error}; pulling it again failed: {why}") from why
-            return load_factors(replace(adapter, folder=pulled.folder))
+            # Until they are read, nobody may collect them again.
+            with ExitStack() as lease:
+                try:
+                    pulled = self._source.pull(adapter.repo_id, adapter.revision, lease=lease)
+                except LoraHubError as why:
+                    raise AdapterChangedError(f"{error}; pulling it again failed: {why}") from why
+                return load_factors(replace(adapter, folder=pulled.folder))
 
     def _shapes_of(self, base: str) -> ModuleShapes:
         from lora_hub_sdk.engine.shapes import module_shapes

@@ -314,11 +314,8 @@ class Intake:
 
     def _guessed(self, base_model: str, namespace: str, folder: Path, text: str, label: str) -> Vector:
         # Of the same namespace only: a guess must not tell of adapters that its caller may not see.
-        others = self._registry.adapters(namespace, base_model)
-        vectors = self._registry.vectors(
-            other for other in others if other.origin != "guess" and other.folder != folder
-        )
-        known = [(other.folder, vectors[other.id]) for other in others if other.id in vectors]
+        others = self._registry.known(namespace, base_model)
+        known = [(other, vector) for other, vector in others if other != folder]
         return guess_vector(self._encoder(), text=text, weights=folder, known=known, source=label)
 
 

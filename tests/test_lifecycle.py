@@ -117,7 +117,9 @@ def test_no_token_reaches_log_error_or_database(
     assert TOKEN not in told
     for file in [*tmp_path.rglob("hub.db*"), *(tmp_path / "cache").rglob("*")]:
         assert not file.is_file() or TOKEN.encode() not in file.read_bytes()
-    stranger = open_hub(endpoint=server.url, token="hf_WrongTokenOfBob", database=tmp_path / "other.db")
+    stranger = open_hub(
+        endpoint=server.url, token="hf_WrongTokenOfBob", database=tmp_path / "other.db", cache_dir=tmp_path / "empty"
+    )
     with pytest.raises(errors.RepoAccessError) as refused:
         stranger.register("user/gated", samples=FRENCH)
     assert "hf_WrongTokenOfBob" not in str(refused.value)

@@ -12,11 +12,13 @@ import hashlib
 import os
 import re
 import threading
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_GATE = "lora_hub.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +57,11 @@ class HubCache:
         ref = (refs / revision).resolve()
         if revision == sha or not ref.is_relative_to(refs):
             return
-        draft = ref.with_name(f".{ref.name}.{os.getpid()}-{threading.get_ident()}")
+        # Not beside it: whoever scans the cache takes any file there for a branch.
+        draft = self.locks(repo_id) / f"{os.getpid()}-{threading.get_ident()}.draft"
         with contextlib.suppress(OSError):
             ref.parent.mkdir(parents=True, exist_ok=True)
+            draft.parent.mkdir(parents=True, exist_ok=True)
             draft.write_text(sha)
             draft.replace(ref)
 
@@ -68,23 +72,49 @@ class HubCache:
             note.parent.mkdir(parents=True, exist_ok=True)
             note.touch()
 
-    def lease(self, repo_id: str, sha: str, *, wait: bool = True) -> AbstractContextManager[object]:
-        """Keeps a commit's files from being collected while they are pulled and registered; of one process at a time.
+    @contextmanager
+    def lease(self, repo_id: str, sha: str) -> Iterator[None]:
+        """Keeps a repository from being collected while a commit is pulled and registered; one process has a commit's.
 
         The operating system ends the lease of a process that was killed.
-
-        Raises:
-            filelock.Timeout: on entering without ``wait``, while somebody else has it.
         """
         from filelock import FileLock
 
-        file = self._storage(repo_id).parent / ".locks" / self._storage(repo_id).name / f"lora_hub-{sha}.lock"
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.touch()
-        except OSError:  # nobody can collect anything from a cache that cannot be written
-            return contextlib.nullcontext()
-        return FileLock(file, timeout=-1 if wait else 0, thread_local=False)
+        locks = self.locks(repo_id)
+        with ExitStack() as held:
+            # Nobody can collect anything from a cache that cannot be written.
+            with contextlib.suppress(OSError):
+                locks.mkdir(parents=True, exist_ok=True)
+                (locks / _GATE).touch()
+                held.enter_context(FileLock(locks / f"lora_hub-{sha}.lock", thread_local=False))
+                # Whoever collects just now did not see this lease, and is waited for.
+                with FileLock(locks / _GATE):
+                    pass
+            yield
+
+    @contextmanager
+    def collecting(self, repo_id: str) -> Iterator[bool]:
+        """Holds up new leases on a repository; False where there are some, or where somebody else collects."""
+        from filelock import FileLock, Timeout
+
+        locks, is_free = self.locks(repo_id), True
+        with ExitStack() as held:
+            try:
+                locks.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(locks / _GATE, timeout=0))
+                for lease in locks.glob("lora_hub-*.lock"):
+                    held.enter_context(FileLock(lease, timeout=0))
+            except Timeout:
+                is_free = False
+                held.close()
+            except OSError:  # a cache that cannot be written has no leases
+                pass
+            yield is_free
+
+    def locks(self, repo_id: str) -> Path:
+        """The folder of a repository's locks."""
+        storage = self._storage(repo_id)
+        return storage.parent / ".locks" / storage.name
 
     def _storage(self, repo_id: str) -> Path:
         from huggingface_hub.constants import HF_HUB_CACHE

@@ -21,7 +21,12 @@ _SERVER_TIMEOUT: Final = 60.0
 
 
 class ChromaClient(Protocol):
-    """Gives the connection, and says what its failures mean. Thread-safe."""
+    """Gives the connection, and says what its failures mean. Thread-safe.
+
+    ``is_shared`` tells whether other processes may use the same Chroma.
+    """
+
+    is_shared: bool
 
     def connect(self) -> Any:
         """The chromadb client; another object after ``wipe``."""
@@ -49,6 +54,8 @@ class ChromaServer:
     Raises:
         ConfigurationError: the URL is of another form.
     """
+
+    is_shared = True
 
     def __init__(self, url: str, *, timeout: float = _SERVER_TIMEOUT) -> None:
         try:
@@ -115,6 +122,7 @@ class ChromaFolder:
     until a first search went well; where the note was left behind, the files are thrown away before they are opened.
     """
 
+    is_shared = False
     _open_folders: ClassVar[dict[tuple[int, Path], ChromaFolder]] = {}
     _guard: ClassVar[threading.Lock] = threading.Lock()
 

@@ -55,6 +55,7 @@ class ChromaIndex:
         if not _NAME.fullmatch(name):
             raise ConfigurationError(f"index name {name!r}: expected 2 to 46 letters, digits, '.', '_' or '-'")
         self._client = client
+        self.is_shared = client.is_shared
         self._name = name
         self._root_name = f"{name}-root"
         self._session: _Session | None = None
@@ -232,6 +233,8 @@ class ChromaIndex:
                 tries -= 1
                 # By name, to leave chromadb unimported: importing it may be what failed.
                 moved = type(error).__name__ in ("NotFoundError", "UniqueConstraintError", "IDAlreadyExistsError")
+                # A search that found what somebody deletes in the same moment.
+                moved = moved or "Error finding id" in str(error)
                 if not tries or not moved:
                     raise self._client.failure(asked, error) from error
                 self._session = None

@@ -27,6 +27,8 @@ class ExactIndex:
     Vectors lie apart by namespace and base model, so that a filter makes a search cheaper.
     """
 
+    is_shared = False
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._partitions: dict[tuple[str, str], _Partition] = {}

@@ -86,11 +86,13 @@ class Follower:
             EncoderMismatchError: adapters wait to be embedded by the current encoder.
             IndexUnavailableError: the index's server does not answer.
         """
-        for _ in range(_TRIES):
+        for attempt in range(1, _TRIES + 1):
             with self._lock:
                 found = self._mended(lambda: self._nearest(vectors, k + _TIE_MARGIN, allowed))
                 seen = self._seen
-            keys = {key for row in found for key, _ in row}
+            # Reading adapters is most of a search's time. Only the last try needs others to put in a stray's place.
+            rows = found if attempt == _TRIES else [_leading(row, k) for row in found]
+            keys = {key for row in rows for key, _ in row}
             adapters = self._store.behind(keys, allowed)
             strays = keys - adapters.keys()
             if not strays:
@@ -100,7 +102,7 @@ class Follower:
                 if self._seen == seen == self._store.version():
                     self._index.delete(strays)
                     self._forget()
-        return [_ranked(row, adapters)[:k] for row in found]
+        return [_ranked(row, adapters)[:k] for row in rows]
 
     def verify(self) -> Verification:
         """Compare every vector of the index with SQL's, mending nothing; what was not yet applied is applied before."""
@@ -147,8 +149,12 @@ class Follower:
         return act()
 
     def _rewrite(self, progress: Progress | None) -> None:
-        wanted = self._store.keys(self._encoder)
-        self._put(wanted, progress)
+        if not self._index.is_shared:
+            # Quicker than replacing, and it reads nothing of files that may be damaged.
+            self._index.clear()
+            self._follow(progress)
+            return
+        self._put(self._store.keys(self._encoder), progress)
         self._follow()
 
     def _forget(self) -> None:
@@ -244,6 +250,22 @@ def _by_adapter(keys: Iterable[str]) -> dict[int, set[str]]:
     return grouped
 
 
+def _leading(row: Sequence[tuple[str, float]], k: int) -> Sequence[tuple[str, float]]:
+    """The first k of a row, and what ranks equal to the last of them."""
+    end = min(k, len(row))
+    while 0 < end < len(row) and _rounded(_cosine(row[end][1])) == _rounded(_cosine(row[k - 1][1])):
+        end += 1
+    return row[:end]
+
+
 def _ranked(row: Sequence[tuple[str, float]], adapters: dict[str, Adapter]) -> list[Hit]:
-    hits = [Hit(adapters[key], max(-1.0, min(1.0, score))) for key, score in row if key in adapters]
-    return sorted(hits, key=lambda hit: (-round(hit.score, _SCORE_DIGITS), hit.adapter.name))
+    hits = [Hit(adapters[key], _cosine(score)) for key, score in row if key in adapters]
+    return sorted(hits, key=lambda hit: (-_rounded(hit.score), hit.adapter.name))
+
+
+def _cosine(score: float) -> float:
+    return max(-1.0, min(1.0, score))
+
+
+def _rounded(score: float) -> float:
+    return round(score, _SCORE_DIGITS)

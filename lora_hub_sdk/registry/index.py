@@ -63,8 +63,10 @@ class VectorIndex(Protocol):
 
     Every method may raise ``IndexUnavailableError`` (a server that does not answer: try again later) or
     ``IndexDamagedError`` (files that cannot be read any more: ``clear`` it or throw it away, and fill it from SQL), and
-    raises nothing else for reasons of storage.
+    raises nothing else for reasons of storage. ``is_shared`` tells whether other processes may be searching it too.
     """
+
+    is_shared: bool
 
     def put(self, entries: Sequence[Entry]) -> None:
         """Insert, or replace what has the key already."""

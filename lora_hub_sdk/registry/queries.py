@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
 from sqlalchemy import Engine, Select, exists, select
 from sqlalchemy.orm import Session
 
 from lora_hub_sdk.errors import AdapterNotFoundError
-from lora_hub_sdk.registry.index import Entry, embedding_id_of, key_of
+from lora_hub_sdk.registry.index import Entry, Vector, embedding_id_of, key_of
 from lora_hub_sdk.registry.records import adapter_of, event_of, score_of, vector_of
 from lora_hub_sdk.registry.selection import visible
 from lora_hub_sdk.registry.tables import (
@@ -181,6 +182,20 @@ class SqlQueries:
                 return _load(session, query)
             parts = (_load(session, query.where(AdapterRow.id.in_(part))) for part in _parts(adapters))
             return [adapter for part in parts for adapter in part]
+
+    def known(self, namespace: str, base_model: str, encoder: str, limit: int) -> list[tuple[Path, Vector]]:
+        """The folders and vectors of adapters in service, the latest first, guessed vectors left out."""
+        query = (
+            select(RevisionRow.folder, EmbeddingRow.vector)
+            .join(AdapterRow, (AdapterRow.id == RevisionRow.adapter_id) & RevisionRow.current)
+            .join(EmbeddingRow, EmbeddingRow.adapter_id == AdapterRow.id)
+            .where(EmbeddingRow.encoder == encoder, AdapterRow.origin != "guess")
+            .where(*visible(AdapterFilter(namespace, base_model)))
+            .order_by(AdapterRow.id.desc())
+            .limit(limit)
+        )
+        with Session(self._engine) as session:
+            return [(Path(folder), vector_of(vector)) for folder, vector in session.execute(query)]
 
     def vector(self, adapter: Adapter, encoder: str) -> bytes | None:
         """An adapter's vector under an encoder, as it is stored."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +23,8 @@ from lora_hub_sdk.types import Adapter, AdapterFilter, AdapterState, Event, Hit,
 
 #: A vector given again may have been normalised elsewhere.
 _VECTOR_TOLERANCE: Final = 1e-5
+#: Adapters that a guess goes by; more would make it slower, not better.
+_MOST_KNOWN: Final = 2000
 
 
 class Registry:
@@ -220,10 +222,9 @@ class Registry:
         content = self.store.vector(adapter, self._encoder)
         return None if content is None else vector_of(content)
 
-    def vectors(self, adapters: Iterable[Adapter]) -> dict[int, Vector]:
-        """The vectors of adapters in service under the current encoder, by the adapters' ids."""
-        keys = self.store.keys(self._encoder, [adapter.id for adapter in adapters])
-        return {entry.adapter_id: entry.vector for part in self.store.entries(keys) for entry in part}
+    def known(self, namespace: str, base_model: str) -> list[tuple[Path, Vector]]:
+        """Folders and vectors of adapters that a guess can go by, the latest first."""
+        return self.store.known(namespace, base_model, self._encoder, _MOST_KNOWN)
 
     def unembedded(self) -> list[Adapter]:
         """Adapters in service whose vectors belong to other encoders than this registry's."""

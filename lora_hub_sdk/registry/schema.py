@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sqlite3
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -87,11 +89,24 @@ def _set_up_sqlite(connection: Any, _record: object) -> None:
     for pragma in (
         "foreign_keys=ON",
         f"busy_timeout={_BUSY_TIMEOUT_MS}",
-        "journal_mode=WAL",
         "synchronous=FULL",
     ):
         cursor.execute(f"PRAGMA {pragma}")
+    _turn_to_wal(cursor)
     cursor.close()
+
+
+def _turn_to_wal(cursor: Any) -> None:
+    """Two processes that open a new file at once collide here; SQLite's own busy timeout does not cover this."""
+    until = time.monotonic() + _BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 def _begin_sqlite(connection: Connection) -> None:

@@ -11,6 +11,8 @@ from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.registry.tables import AdapterRow, RevisionRow, ScoreRow, TagRow
 from lora_hub_sdk.types import TRUST, AdapterFilter, Trust
 
+#: Under a name of its own, since the query around it may ask for the current revision too.
+_CURRENT: Final = aliased(RevisionRow)
 _ORDER: Final[tuple[Trust, ...]] = ("low", "medium", "high")
 
 
@@ -34,9 +36,7 @@ def is_narrow(allowed: AdapterFilter) -> bool:
 
 
 def _narrowing(allowed: AdapterFilter) -> list[ColumnElement[bool]]:
-    # Under a name of its own, since the query around it may ask for the current revision too.
-    current = aliased(RevisionRow)
-    is_current = (current.adapter_id == AdapterRow.id) & current.current
+    is_current = (_CURRENT.adapter_id == AdapterRow.id) & _CURRENT.current
     conditions: list[ColumnElement[bool]] = []
     if allowed.min_trust != "low":
         enough = _ORDER[_ORDER.index(allowed.min_trust) :]
@@ -44,14 +44,14 @@ def _narrowing(allowed: AdapterFilter) -> list[ColumnElement[bool]]:
         conditions.append(AdapterRow.origin.in_(origins))
     if allowed.licenses:
         licenses = [name.lower() for name in allowed.licenses]
-        conditions.append(exists().where(is_current, func.lower(current.license).in_(licenses)))
+        conditions.append(exists().where(is_current, func.lower(_CURRENT.license).in_(licenses)))
     conditions += [exists().where(TagRow.adapter_id == AdapterRow.id, TagRow.tag == tag) for tag in allowed.tags]
     for wanted in allowed.scores:
         conditions.append(
             exists().where(
                 is_current,
                 ScoreRow.adapter_id == AdapterRow.id,
-                ScoreRow.digest == current.digest,
+                ScoreRow.digest == _CURRENT.digest,
                 ScoreRow.task == wanted.task,
                 ScoreRow.metric == wanted.metric,
                 ScoreRow.value >= wanted.value,

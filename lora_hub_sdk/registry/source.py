@@ -251,7 +251,10 @@ class HubSource:
             self._note_pull(folder, repo_id, sha)
         # Not snapshot_download: it lists the repository without a time limit; 2.x also hides why that failed.
         for name in (CARD, CONFIG_FILE, WEIGHTS_FILE):
-            _retried(partial(self._download, repo_id, sha, name, listing), is_unretried_outage)
+            if name in listing:
+                _retried(partial(self._download, repo_id, sha, name, listing), is_unretried_outage)
+            else:
+                self._cache.note_absence(repo_id, sha, name)
         self._cache.note_branch(repo_id, revision or "main", sha)
         folder.mkdir(parents=True, exist_ok=True)
         return _pulled(folder, repo_id, sha, names=listing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from sqlalchemy import Engine, Integer, Text, cast, delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from lora_hub_sdk.errors import AdapterNotFoundError, ConflictError, NameTakenError
+from lora_hub_sdk.errors import AdapterNotFoundError, ConflictError, NameTakenError, PinnedError
 from lora_hub_sdk.registry.index import Vector
 from lora_hub_sdk.registry.queries import VERSION, SqlQueries, load_adapter, read_version
 from lora_hub_sdk.registry.records import (
@@ -25,6 +26,7 @@ from lora_hub_sdk.registry.records import (
     revision_row,
     sample_rows,
     tag_rows,
+    vector_of,
 )
 from lora_hub_sdk.registry.tables import (
     AdapterRow,
@@ -79,6 +81,22 @@ class _Change:
             raise AdapterNotFoundError(adapter.name, namespace=adapter.namespace)
         return row
 
+    def unmoved(self, known: Adapter) -> AdapterRow:
+        """The row of an adapter that somebody read earlier, if it still has that content.
+
+        Raises:
+            ConflictError: it has another revision by now.
+            AdapterNotFoundError: it was removed meanwhile.
+        """
+        row = self.row(known)
+        now = self.adapter(row)
+        if (now.revision, now.digest) != (known.revision, known.digest):
+            raise ConflictError(
+                f"{known.name!r} was at revision {known.revision[:12]}, is at {now.revision[:12]} by now; nothing was "
+                "written, update it again"
+            )
+        return row
+
     def adapter(self, row: AdapterRow) -> Adapter:
         """What was written, as it travels."""
         self.session.flush()
@@ -100,6 +118,8 @@ class SqlStore(SqlQueries):
     def __init__(self, engine: Engine, actor: str) -> None:
         super().__init__(engine)
         self._actor = actor
+        # Threads wait here rather than in SQLite, which lets those that wait sleep ever longer.
+        self._turn = threading.Lock()
         self.registry_id = self._ensure_id()
 
     def add(self, registration: Registration) -> Adapter:
@@ -135,15 +155,15 @@ class SqlStore(SqlQueries):
 
         Raises:
             ConflictError: the adapter has another revision by now.
+            PinnedError: it was pinned meanwhile.
             AdapterNotFoundError: it was removed meanwhile.
         """
         with self._change() as change:
-            session, row = change.session, change.row(known)
-            before = change.adapter(row)
-            if (before.revision, before.digest) != (known.revision, known.digest):
-                raise ConflictError(
-                    f"{known.name!r} was at revision {known.revision[:12]}, is at {before.revision[:12]} by now; "
-                    "nothing was written, update it again"
+            session, row = change.session, change.unmoved(known)
+            if row.pinned:
+                raise PinnedError(
+                    f"{known.name!r} was pinned to revision {known.revision[:12]} meanwhile; hub.unpin({known.name!r}) "
+                    "lets it move"
                 )
             session.execute(update(RevisionRow).where(RevisionRow.adapter_id == row.id).values(current=False))
             session.execute(delete(TagRow).where(TagRow.adapter_id == row.id))
@@ -154,7 +174,7 @@ class SqlStore(SqlQueries):
                 for table in (SampleRow, EmbeddingRow):
                     session.execute(delete(table).where(table.adapter_id == row.id))
                 _represent(session, row, registration.representation)
-            change.note("updated", row, before=before.revision, revision=registration.revision)
+            change.note("updated", row, before=known.revision, revision=registration.revision)
             return change.adapter(row)
 
     def set_state(self, adapter: Adapter, state: AdapterState) -> Adapter:
@@ -162,16 +182,24 @@ class SqlStore(SqlQueries):
         with self._change() as change:
             row = change.row(adapter)
             row.state, row.updated_at = state, change.now
-            change.note("retired" if state == "retired" else "restored", row, revision=adapter.revision)
-            return change.adapter(row)
+            if state == "active":
+                # Under new keys: a slow process may be about to take the old ones from an index that all share.
+                for old in change.session.scalars(select(EmbeddingRow).where(EmbeddingRow.adapter_id == row.id)).all():
+                    change.session.delete(old)
+                    change.session.flush()
+                    change.session.add(embedding_row(row.id, old.encoder, vector_of(old.vector)))
+            now = change.adapter(row)
+            change.note("retired" if state == "retired" else "restored", row, revision=now.revision)
+            return now
 
     def set_pinned(self, adapter: Adapter, pinned: bool) -> Adapter:
         """Hold an adapter at its revision, or let it move."""
         with self._change() as change:
             row = change.row(adapter)
             row.pinned, row.updated_at = pinned, change.now
-            change.note("pinned" if pinned else "unpinned", row, revision=adapter.revision)
-            return change.adapter(row)
+            now = change.adapter(row)
+            change.note("pinned" if pinned else "unpinned", row, revision=now.revision)
+            return now
 
     def record_score(self, adapter: Adapter, task: str, metric: str, value: float) -> None:
         """Keep a score of the content that the caller measured; an earlier one is replaced."""
@@ -190,9 +218,14 @@ class SqlStore(SqlQueries):
             change.note("scored", row, task=task, metric=metric, value=value)
 
     def move(self, adapter: Adapter, folder: Path) -> Adapter:
-        """Note another place of the same files."""
+        """Note another place of the same files.
+
+        Raises:
+            ConflictError: the adapter has another revision by now.
+            AdapterNotFoundError: it was removed meanwhile.
+        """
         with self._change() as change:
-            row = change.row(adapter)
+            row = change.unmoved(adapter)
             current = update(RevisionRow).where(RevisionRow.adapter_id == row.id, RevisionRow.current)
             change.session.execute(current.values(folder=str(folder)))
             change.note("moved", row, folder=str(folder))
@@ -206,7 +239,7 @@ class SqlStore(SqlQueries):
         """
         with self._change() as change:
             row = change.row(adapter)
-            change.note("removed", row, revision=adapter.revision)
+            change.note("removed", row, revision=change.adapter(row).revision)
             change.session.delete(row)
 
     def add_embedding(self, adapter: Adapter, encoder: str, encoder_name: str, vector: Vector) -> None:
@@ -222,14 +255,14 @@ class SqlStore(SqlQueries):
     def note_pull(self, folder: Path, repo_id: str, revision: str) -> None:
         """Note that a commit is about to be put into a cache."""
         pull = PullRow(folder=str(folder), repo_id=repo_id, revision=revision, started_at=datetime.now(UTC))
-        with Session(self._engine) as session, session.begin():
+        with self._turn, Session(self._engine) as session, session.begin():
             # Written first, since SQLite refuses to turn a reader into a writer while others write.
             session.execute(delete(PullRow).where(PullRow.folder == pull.folder))
             session.add(pull)
 
     def forget_pull(self, folder: str) -> None:
         """Note that a commit was taken out of its cache."""
-        with Session(self._engine) as session, session.begin():
+        with self._turn, Session(self._engine) as session, session.begin():
             session.execute(delete(PullRow).where(PullRow.folder == folder))
 
     def close(self) -> None:
@@ -238,7 +271,7 @@ class SqlStore(SqlQueries):
 
     @contextmanager
     def _change(self) -> Iterator[_Change]:
-        with Session(self._engine, expire_on_commit=False) as session, session.begin():
+        with self._turn, Session(self._engine, expire_on_commit=False) as session, session.begin():
             # First of all: the update takes the write lock before anything is read.
             raised = cast(cast(MetaRow.value, Integer) + 1, Text)
             session.execute(update(MetaRow).where(MetaRow.key == VERSION).values(value=raised))
