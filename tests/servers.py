@@ -50,6 +50,14 @@ class Server:
         except subprocess.TimeoutExpired:
             self.kill()
 
+    def pause(self) -> None:
+        """Keep the connections, answer nothing."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Answer again."""
+        self._process.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """End it without a word of warning, as a lost machine would."""
         self._process.kill()

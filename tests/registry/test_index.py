@@ -14,16 +14,8 @@ from lora_hub_sdk.registry.exact_index import ExactIndex
 from lora_hub_sdk.registry.index import VectorIndex
 from lora_hub_sdk.registry.index_places import open_index
 from lora_hub_sdk.testing.index_suite import VectorIndexSuite
-from tests.registry.chroma_server import RunningServer
 
 _NUMBERS: Final = count()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    running = RunningServer(tmp_path_factory.mktemp("chroma") / "data")
-    yield running
-    running.stop()
 
 
 class TestExactIndex(VectorIndexSuite):
@@ -43,8 +35,8 @@ class TestChromaFolder(VectorIndexSuite):
 
 class TestChromaServer(VectorIndexSuite):
     @pytest.fixture
-    def index(self, server: RunningServer) -> Iterator[VectorIndex]:
-        opened = open_index(server.url, f"hub-{next(_NUMBERS)}")
+    def index(self, chroma_server: str) -> Iterator[VectorIndex]:
+        opened = open_index(chroma_server, f"index-{next(_NUMBERS)}")
         assert isinstance(opened, ChromaIndex)
         yield opened
         opened.close()

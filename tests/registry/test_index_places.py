@@ -24,7 +24,7 @@ from lora_hub_sdk.registry.exact_index import ExactIndex
 from lora_hub_sdk.registry.index import IndexFilter, VectorIndex
 from lora_hub_sdk.registry.index_places import open_index
 from lora_hub_sdk.testing.index_suite import assert_finds, entries
-from tests.registry.chroma_server import RunningServer
+from tests.servers import Server, start_chroma
 
 _HELD: Final = entries(1500)
 _HERE: Final = IndexFilter("here", "base")
@@ -47,10 +47,10 @@ def opened() -> Iterator[Opener]:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[RunningServer]:
-    running = RunningServer(tmp_path / "data")
+def server(tmp_path: Path) -> Iterator[Server]:
+    running = start_chroma(tmp_path / "data")
     yield running
-    running.stop()
+    running.kill()
 
 
 def fill(index: VectorIndex) -> None:
@@ -390,7 +390,7 @@ sys.stdin.readline()
 # -- servers ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_stopped_server_is_unavailable_until_it_is_back(server: RunningServer, opened: Opener) -> None:
+def test_a_stopped_server_is_unavailable_until_it_is_back(tmp_path: Path, server: Server, opened: Opener) -> None:
     index = opened(server.url)
     fill(index)
     server.stop()
@@ -409,9 +409,10 @@ def test_a_stopped_server_is_unavailable_until_it_is_back(server: RunningServer,
     for call in calls:
         with pytest.raises(IndexUnavailableError, match=server.url):
             call()
-    server.start()
+    again = start_chroma(tmp_path / "data", server.port)
     assert index.stamp() == 3
     assert_finds(index, _HELD, _HELD[7].vector, 5, _HERE)
+    again.kill()
 
 
 def test_a_server_that_never_answers_is_unavailable() -> None:
@@ -421,7 +422,7 @@ def test_a_server_that_never_answers_is_unavailable() -> None:
             index.count()
 
 
-def test_a_server_that_stops_answering_is_unavailable(server: RunningServer) -> None:
+def test_a_server_that_stops_answering_is_unavailable(server: Server) -> None:
     index = ChromaIndex(ChromaServer(server.url, timeout=1.0), "hub-x")
     index.put(_HELD[:2])
     server.pause()
@@ -432,7 +433,7 @@ def test_a_server_that_stops_answering_is_unavailable(server: RunningServer) -> 
     index.close()
 
 
-def test_several_clients_of_a_server_see_each_others_partitions(server: RunningServer, opened: Opener) -> None:
+def test_several_clients_of_a_server_see_each_others_partitions(server: Server, opened: Opener) -> None:
     first, second = opened(server.url), opened(server.url)
     first.put(_HELD[:5])
     assert second.count() == 5
@@ -447,7 +448,7 @@ def test_several_clients_of_a_server_see_each_others_partitions(server: RunningS
     assert second.stamp() is None
 
 
-def test_clear_on_a_server_spares_other_indexes(server: RunningServer) -> None:
+def test_clear_on_a_server_spares_other_indexes(server: Server) -> None:
     mine, other = open_index(server.url, "hub-a"), open_index(server.url, "hub-a-b")
     mine.put(_HELD[:3])
     other.put(_HELD[:4])
