@@ -47,7 +47,7 @@ def collect(store: SqlStore, *, dry_run: bool = False) -> Freed:
         free: dict[Path, list[Pull]] = {}
         for storage, pulls in _by_storage(store.pulls()):
             unused = [pull for pull in pulls if pull.folder not in used]
-            if not unused and not _unlinked(storage):
+            if not (unused or _unlinked(storage) or _drafts(storage)):
                 continue
             if held.enter_context(HubCache(storage.parent).collecting(pulls[0].repo_id)):
                 free[storage] = pulls
@@ -111,7 +111,7 @@ def _remove(storage: Path, gone: list[Pull], cached: Mapping[Path, HFCacheInfo],
     for ref in storage.glob("refs/**/*"):
         if ref.is_file() and ref.read_text() in commits:
             ref.unlink()
-    for draft in (storage.parent / ".locks" / storage.name).glob("*.draft"):
+    for draft in _drafts(storage):
         draft.unlink()
     _remove_if_empty(storage)
     return size
@@ -125,6 +125,11 @@ def _unlinked(storage: Path) -> list[Path]:
     except FileNotFoundError:  # somebody else removes them
         return []
     return [file for file in sorted(storage.glob("blobs/*")) if os.path.abspath(file) not in linked]
+
+
+def _drafts(storage: Path) -> list[Path]:
+    """Branches that were never noted, as whoever was about to do so was killed."""
+    return list((storage.parent / ".locks" / storage.name).glob("*.draft"))
 
 
 def _swept(storage: Path, file: Path, dry_run: bool) -> int:
