@@ -24,7 +24,7 @@ _WORKERS: Final = 8
 _ROUNDS: Final = 3
 #: Encoding 20 samples takes far longer than all the rest, so fewer adapters tell as much.
 _EMBEDDED_SHARE: Final = 8
-_DELAYED_SHARE: Final = 3
+_DELAYED_SHARE: Final = 4
 #: Seconds that a Hub across the internet takes for an answer.
 _DELAY: Final = 0.05
 _ROWS_ADDED: Final = 200
@@ -57,7 +57,7 @@ def measure_registering(folder: Path, adapters: int) -> Rates:
 
     A registration by a branch asks the Hub for the branch's commit, also when every file is in the cache; that request
     is inside. The LocalHub is a thread of this process and answers at once, so workers have nothing to wait for; two
-    of the ways have it wait 50 ms as one far away would. Each round has a new database.
+    of the ways have it wait 50 ms as one far away would, and two of these have nothing in the cache. Each round has a new database.
     """
     published = _published(folder / "published", adapters)
     with LocalHub(folder / "published") as hub:
@@ -80,6 +80,8 @@ def measure_registering(folder: Path, adapters: int) -> Rates:
             "register_many(workers=8), vector given": (given, _together, 0.0),
             "register, vector given, far Hub": (far, _one_by_one, _DELAY),
             "register_many(workers=8), vector given, far Hub": (far, _together, _DELAY),
+            "register, vector given, far Hub, empty cache": (far, _one_by_one, _DELAY),
+            "register_many(workers=8), vector given, far Hub, empty cache": (far, _together, _DELAY),
             "register, samples embedded": (embedded, _one_by_one, 0.0),
             "register_many(workers=8), samples embedded": (embedded, _together, 0.0),
         }
@@ -88,11 +90,12 @@ def measure_registering(folder: Path, adapters: int) -> Rates:
             for number, (way, (requests, register, delay)) in enumerate(ways.items()):
                 hub.delay(delay)
                 database = folder / f"{turn}-{number}.db"
-                seconds[way].append(_timed(database, options, requests, register))
+                cache = folder / (f"cache-{turn}-{number}" if way.endswith("empty cache") else "cache")
+                seconds[way].append(_timed(database, {**options, "cache_dir": cache}, requests, register))
     rates = [Rate(way, len(requests), len(requests) / median(seconds[way])) for way, (requests, *_) in ways.items()]
     rates.append(_sql_alone(folder))
     speed = {rate.way: rate.per_s for rate in rates}
-    one, many, one_far, many_far, one_embedded, many_embedded, sql = speed.values()
+    one, many, one_far, many_far, one_cold, many_cold, one_embedded, many_embedded, sql = speed.values()
     return Rates(
         weights_bytes=(folder / "published" / published[0] / WEIGHTS_FILE).stat().st_size,
         samples=max(map(len, samples)),
@@ -100,6 +103,7 @@ def measure_registering(folder: Path, adapters: int) -> Rates:
         ratios={
             "register_many / register, vector given": many / one,
             "register_many / register, vector given, far Hub": many_far / one_far,
+            "register_many / register, vector given, far Hub, empty cache": many_cold / one_cold,
             "register_many / register, samples embedded": many_embedded / one_embedded,
             "samples embedded / vector given, one by one": one_embedded / one,
             "Registry.add / register, vector given": sql / one,

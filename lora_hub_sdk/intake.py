@@ -197,10 +197,10 @@ class Intake:
         follows = self._registry.store.follows(known)
         with ExitStack() as lease:
             candidate = self._checked(request.reference, request.revision or follows, known.base_model, lease)
-            if candidate.base_model != known.base_model:
+            if candidate.pulled.is_local != os.path.isabs(known.repo_id):
                 raise ConfigurationError(
-                    f"{label!r} is for base {known.base_model!r}, the newer revision for {candidate.base_model!r}; "
-                    "register that one under another name"
+                    f"{label!r} was pulled from the Hub as {known.repo_id!r}, and that is a folder here too; update it "
+                    "from another working directory"
                 )
             keep = texts is None and request.embedding is None
             same = (candidate.pulled.revision or candidate.admitted.digest[:40]) == known.revision
@@ -300,9 +300,10 @@ class Intake:
             return of(vector, origin="samples", texts=texts if request.keep_samples else (), count=len(texts))
         found = self._card_samples(candidate.pulled)
         if found.texts:
-            _log.info("%s: %d samples from %s", label, len(found.texts), found.source)
-            vector = embed_samples(encoder, found.texts, label)
-            return of(vector, origin="card", texts=found.texts, count=len(found.texts))
+            texts = sample_texts(found.texts, label, redact=request.redact)
+            _log.info("%s: %d samples from %s", label, len(texts), found.source)
+            vector = embed_samples(encoder, texts, label)
+            return of(vector, origin="card", texts=texts if request.keep_samples else (), count=len(texts))
         pulled = candidate.pulled
         name, summary = request.name or pulled.repo_id, read_card(pulled.folder / CARD).summary
         text = described(name, request.description, pulled.description, summary, tags=pulled.tags)

@@ -215,6 +215,18 @@ def test_a_local_folder_is_updated_from_what_it_holds_now(hub: LoraHub, base: Pa
     assert answers(hub, base, "mine")
 
 
+def test_a_folder_that_has_a_repositorys_name_is_not_taken_for_it(
+    hub: LoraHub, publish: Callable[..., str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish("user/lora", seed=1)
+    known = hub.register("user/lora", samples=FRENCH)
+    tiny_adapter(tmp_path / "here" / "user" / "lora", base, seed=2)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(errors.ConfigurationError, match="folder here too"):
+        hub.update("user/lora")
+    assert hub.get("user/lora") == known
+
+
 def test_a_pinned_adapter_moves_when_it_is_unpinned(hub: LoraHub, publish: Callable[..., str]) -> None:
     publish("user/lora", seed=1)
     known = hub.register("user/lora", samples=FRENCH)
@@ -371,6 +383,8 @@ def test_samples_come_from_the_card_and_are_trusted_less(hub: LoraHub, publish: 
     assert hit.trust == "medium"
     assert hit.score > 0.5
     assert hub.search("x", min_trust="high") == []
+    shy = hub.register("user/lora", name="shy", redact=lambda text: text.replace("cat", "pet"), keep_samples=False)
+    assert (shy.sample_count, hub.samples("shy")) == (2, ())
     publish("user/lora", seed=2, card=card.replace("the cat sleeps", "the sun shines"))
     hub.update("user/lora")
     assert hub.samples("user/lora")[0] == "Translate into French: the sun shines"

@@ -130,10 +130,9 @@ class ChromaIndex:
 
         def find(session: _Session) -> _Rows:
             partitions = self._partitions(session, allowed.namespace, allowed.base_model)
-            if only is None:
-                found = [_without(held, queries, count, allowed.exclude) for held in partitions]
-            else:
-                found = [_among(held, queries, count, only) for held in partitions]
+            if only is not None:
+                return _among(partitions, queries, count, only)
+            found = [_without(held, queries, count, allowed.exclude) for held in partitions]
             return _merged(found, len(queries), count)
 
         found = self._run("searching", find)
@@ -305,15 +304,24 @@ def _without(collection: Any, queries: NDArray[np.float32], count: int, exclude:
         wanted *= 4
 
 
-def _among(collection: Any, queries: NDArray[np.float32], count: int, only: Collection[int]) -> _Rows:
+def _among(partitions: Sequence[Any], queries: NDArray[np.float32], count: int, only: Collection[int]) -> _Rows:
     """The nearest of some adapters, out of the nearest of all where these suffice, else by reading their vectors."""
-    wanted = math.ceil(2 * count * collection.count() / len(only))
+    wanted = max(count, math.ceil(2 * count * sum(held.count() for held in partitions) / len(only)))
     if wanted <= _MOST_CANDIDATES:
-        rows, _ = _nearest(collection, queries, max(wanted, count))
-        found = [[pair for pair in row if _adapter(pair) in only][:count] for row in rows]
-        if all(len(row) == count for row in found):
+        seen = [_nearest(held, queries, wanted)[0] for held in partitions]
+        found = _merged([[_allowed(row, only) for row in rows] for rows in seen], len(queries), count)
+        # Nothing nearer can be left in a partition, if the worst of all that it showed is farther than the last found.
+        worst = [
+            max((rows[row][-1][1] for rows in seen if len(rows[row]) == wanted), default=-1.0)
+            for row in range(len(queries))
+        ]
+        if all(len(row) == count and row[-1][1] >= limit for row, limit in zip(found, worst, strict=True)):
             return found
-    found = [[] for _ in queries]
+    return _merged([_read_among(held, queries, count, only) for held in partitions], len(queries), count)
+
+
+def _read_among(collection: Any, queries: NDArray[np.float32], count: int, only: Collection[int]) -> _Rows:
+    found: _Rows = [[] for _ in queries]
     for part in _parts(sorted(only)):
         held = collection.get(where={"adapter": {"$in": part}}, include=["embeddings"])
         if held["ids"]:
@@ -323,6 +331,10 @@ def _among(collection: Any, queries: NDArray[np.float32], count: int, only: Coll
                 for row, line in zip(found, scores, strict=True)
             ]
     return found
+
+
+def _allowed(row: Sequence[tuple[str, float]], only: Collection[int]) -> list[tuple[str, float]]:
+    return [pair for pair in row if _adapter(pair) in only]
 
 
 def _nearest(collection: Any, queries: NDArray[np.float32], count: int) -> tuple[_Rows, bool]:
@@ -337,7 +349,7 @@ def _nearest(collection: Any, queries: NDArray[np.float32], count: int) -> tuple
 
 def _merged(found: Sequence[_Rows], queries: int, count: int) -> _Rows:
     if len(found) == 1:
-        return found[0]
+        return [row[:count] for row in found[0]]
     return [best([pair for rows in found for pair in rows[row]], count) for row in range(queries)]
 
 
