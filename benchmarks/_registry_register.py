@@ -56,8 +56,9 @@ def measure_registering(folder: Path, adapters: int) -> Rates:
     """Register random adapters of a real base model's shapes, from a LocalHub and a cache that holds them all.
 
     A registration by a branch asks the Hub for the branch's commit, also when every file is in the cache; that request
-    is inside. The LocalHub is a thread of this process and answers at once, so workers have nothing to wait for; two
-    of the ways have it wait 50 ms as one far away would, and two of these have nothing in the cache. Each round has a new database.
+    is inside. The LocalHub is a thread of this process and answers at once, so workers have nothing to wait for; for
+    some of the ways it waits 50 ms as one far away would, for two of these with an empty cache. Each round has a new
+    database.
     """
     published = _published(folder / "published", adapters)
     with LocalHub(folder / "published") as hub:
