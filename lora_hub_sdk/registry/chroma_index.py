@@ -25,7 +25,7 @@ _ROWS_PER_CALL: Final = 5000
 #: Collections listed at a time.
 _PAGE: Final = 500
 #: The graph of neighbours. Chroma's defaults lose half of the neighbours of unclustered vectors.
-_HNSW: Final = {"space": "cosine", "max_neighbors": 32, "ef_construction": 100, "ef_search": 3000}
+_HNSW: Final = {"space": "cosine", "max_neighbors": 32, "ef_construction": 100, "ef_search": 4500}
 #: Beyond this many the graph's own recall falls, and reading the allowed vectors is cheaper.
 _MOST_CANDIDATES: Final = 1000
 #: How often somebody else may delete what we look at before we give up.
