@@ -30,7 +30,7 @@ from tests.registry.entries import entry, unit
 from tests.servers import free_port
 
 #: Written by version 0.1 with schema 0001: an adapter removed, three left, two of them in one namespace.
-OLD = Path(__file__).parent / "data" / "hub-0001.db"
+OLD = Path(__file__).parent / "data" / "hub-0001.sqlite"
 
 
 @pytest.fixture
