@@ -162,10 +162,8 @@ class LoraRetrieverLLM(BaseLLM):
         **kwargs: Any,
     ) -> list[str]:
         answers: dict[int, str] = {}
-        configs = get_config_list(config, len(inputs))
-        for places, named in _by_namespace(configs, kwargs):
-            chosen, of = [inputs[place] for place in places], [configs[place] for place in places]
-            found = super().batch(chosen, of, return_exceptions=return_exceptions, **named)
+        for places, chosen, configs, named in _by_namespace(inputs, config, kwargs):
+            found = super().batch(chosen, configs, return_exceptions=return_exceptions, **named)
             answers.update(zip(places, found, strict=True))
         return [answers[place] for place in range(len(inputs))]
 
@@ -178,10 +176,8 @@ class LoraRetrieverLLM(BaseLLM):
         **kwargs: Any,
     ) -> list[str]:
         answers: dict[int, str] = {}
-        configs = get_config_list(config, len(inputs))
-        for places, named in _by_namespace(configs, kwargs):
-            chosen, of = [inputs[place] for place in places], [configs[place] for place in places]
-            found = await super().abatch(chosen, of, return_exceptions=return_exceptions, **named)
+        for places, chosen, configs, named in _by_namespace(inputs, config, kwargs):
+            found = await super().abatch(chosen, configs, return_exceptions=return_exceptions, **named)
             answers.update(zip(places, found, strict=True))
         return [answers[place] for place in range(len(inputs))]
 
@@ -279,13 +275,17 @@ def _with_namespace(config: RunnableConfig | None, kwargs: dict[str, Any]) -> di
     return kwargs if namespace is None else {"namespace": namespace, **kwargs}
 
 
-def _by_namespace(configs: list[RunnableConfig], kwargs: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """Places of a batch that share a namespace, as one engine batch each, and the keywords of their call."""
+def _by_namespace(
+    inputs: list[LanguageModelInput], config: RunnableConfig | list[RunnableConfig] | None, kwargs: dict[str, Any]
+) -> Iterator[tuple[list[int], list[LanguageModelInput], list[RunnableConfig], dict[str, Any]]]:
+    """The parts of a batch that share a namespace: their places, inputs and configs, and the keywords of their call."""
+    configs = get_config_list(config, len(inputs))
     groups: dict[Any, list[int]] = {}
-    for place, config in enumerate(configs):
-        groups.setdefault(_with_namespace(config, kwargs).get("namespace"), []).append(place)
+    for place, own in enumerate(configs):
+        groups.setdefault(_with_namespace(own, kwargs).get("namespace"), []).append(place)
     for places in groups.values():
-        yield places, _with_namespace(configs[places[0]], kwargs)
+        chosen, of = [inputs[place] for place in places], [configs[place] for place in places]
+        yield places, chosen, of, _with_namespace(of[0], kwargs)
 
 
 def _info(completion: Completion) -> dict[str, Any]:

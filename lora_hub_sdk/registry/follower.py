@@ -9,10 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final, TypeVar
 
-import numpy as np
-
 from lora_hub_sdk.errors import EncoderMismatchError, IndexDamagedError
-from lora_hub_sdk.registry.index import IndexFilter, Vector, VectorIndex, adapter_id_of
+from lora_hub_sdk.registry.index import IndexFilter, Vector, VectorIndex, adapter_id_of, is_same
 from lora_hub_sdk.registry.queries import SqlQueries
 from lora_hub_sdk.registry.selection import is_narrow
 from lora_hub_sdk.types import Adapter, AdapterFilter, Hit
@@ -30,8 +28,6 @@ _SCORE_DIGITS: Final = 6
 _TRIES: Final = 5
 #: Filters whose adapters are remembered until something changes.
 _REMEMBERED: Final = 64
-#: An index for cosines may bring vectors to length 1 again, and so change their last digits.
-_VECTOR_TOLERANCE: Final = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,11 +220,7 @@ class Follower:
         changed: set[str] = set()
         for entries in self._store.entries(sorted(wanted & held)):
             stored = self._index.read([entry.key for entry in entries])
-            changed |= {
-                entry.key
-                for entry in entries
-                if not np.allclose(stored[entry.key], entry.vector, atol=_VECTOR_TOLERANCE)
-            }
+            changed |= {entry.key for entry in entries if not is_same(stored[entry.key], entry.vector)}
         return wanted, held, changed
 
     def _index_filter(self, allowed: AdapterFilter) -> IndexFilter:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 #: (dimension,) float32 of length 1.
 Vector = NDArray[np.float32]
+_VECTOR_TOLERANCE: Final = 1e-5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +42,11 @@ def key_of(adapter_id: int, embedding_id: int) -> str:
 def embedding_id_of(key: str) -> int:
     """The embedding's id within a key."""
     return int(key.partition("-")[2])
+
+
+def is_same(one: Vector, other: Vector) -> bool:
+    """Whether two vectors are one, but for the last digits that bringing it to length 1 again may change."""
+    return bool(np.allclose(one, other, atol=_VECTOR_TOLERANCE))
 
 
 def adapter_id_of(key: str) -> int:

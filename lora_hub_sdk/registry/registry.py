@@ -14,15 +14,13 @@ from lora_hub_sdk.config import cache_home
 from lora_hub_sdk.errors import ConfigurationError, EncoderMismatchError, NameTakenError, RetiredError
 from lora_hub_sdk.registry.admission import WEIGHTS_FILE
 from lora_hub_sdk.registry.follower import Follower, Progress, Verification
-from lora_hub_sdk.registry.index import Vector
+from lora_hub_sdk.registry.index import Vector, is_same
 from lora_hub_sdk.registry.index_places import open_index
 from lora_hub_sdk.registry.records import Registration, vector_of
 from lora_hub_sdk.registry.schema import ensure_schema, open_database, sqlite_file
 from lora_hub_sdk.registry.store import SqlStore
 from lora_hub_sdk.types import Adapter, AdapterFilter, AdapterState, Event, Hit, Score
 
-#: A vector given again may have been normalised elsewhere.
-_VECTOR_TOLERANCE: Final = 1e-5
 #: Adapters that a guess goes by; more would make it slower, not better.
 _MOST_KNOWN: Final = 2000
 
@@ -263,7 +261,7 @@ class Registry:
         if given.texts and known.origin == given.origin and self.store.samples(known) == given.texts:
             return
         held = self.vector(known)
-        if held is None or not np.allclose(held, given.vector, atol=_VECTOR_TOLERANCE):
+        if held is None or not is_same(held, given.vector):
             how = f"{known.sample_count} other samples" if known.sample_count else "another vector"
             raise NameTakenError(
                 f"{known.name!r} is registered with {how}; replace them by hub.update({known.name!r}, samples=...), "

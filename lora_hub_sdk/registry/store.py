@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -44,7 +44,6 @@ from lora_hub_sdk.registry.tables import (
 from lora_hub_sdk.types import Adapter, AdapterState
 
 _REGISTRY_ID: Final = "registry_id"
-Detail = Mapping[str, str | int | float | None]
 
 
 @dataclass(frozen=True, slots=True)
