@@ -29,7 +29,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 @pytest.fixture(scope="session")
 def encoder() -> SentenceEncoder:
     """The real MiniLM, loaded once."""
-    return SentenceEncoder(resolve_model("all-minilm-l6-v2"))
+    return SentenceEncoder(resolve_model("all-minilm-l6-v2", offline=True))
 
 
 @pytest.fixture(scope="session")

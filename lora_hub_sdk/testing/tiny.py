@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,6 +54,42 @@ def tiny_base(folder: Path, *, seed: int = 0, layers: int = 2, context: int = 25
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_encoder(folder: Path, *, seed: int = 0, context: int = 192) -> Path:
+    """Write a random sentence-transformers encoder (hidden size 32, mean pooling, bytes); returns the folder.
+
+    Untrained as it is, its vectors tell texts apart by their bytes; it trains in seconds.
+    """
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+    from transformers import BertConfig, BertModel
+
+    tokenizer = _byte_tokenizer(False)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=context,
+        initializer_range=0.25,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = BertModel(config)
+    parts = folder / "transformer"
+    model.save_pretrained(parts)
+    tokenizer.model_max_length = context
+    tokenizer.save_pretrained(parts)
+    reader = Transformer(str(parts), max_seq_length=context)
+    SentenceTransformer(modules=[reader, Pooling(32), Normalize()], device="cpu").save_pretrained(
+        str(folder), create_model_card=False
+    )
+    shutil.rmtree(parts)
     return folder
 
 
