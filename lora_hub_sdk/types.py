@@ -117,10 +117,14 @@ class AdapterFilter:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One answer of a search. ``score`` is the cosine in [-1, 1], higher is nearer."""
+    """One answer of a search. ``score`` is the cosine in [-1, 1], higher is nearer.
+
+    ``relevance`` is what a reranker ordered the hits by, comparable within one search only; None where the cosine did.
+    """
 
     adapter: Adapter
     score: float
+    relevance: float | None = None
 
     @property
     def trust(self) -> Trust:
@@ -181,13 +185,15 @@ class Routing:
     """How prompts are routed; one value for all prompts of a call.
 
     ``adapters`` names the route's adapters and skips the search; an empty tuple is no route at all and is refused.
-    ``min_score`` drops hits below that cosine; a prompt that keeps none is answered by the base model.
+    ``min_score`` drops hits below that cosine; a prompt that keeps none is answered by the base model. "auto" drops
+    what does not fit by the bound that ``hub.calibrate`` found, which also goes by shared words.
+    ``rerank``: whether the nearest come in the order of their words too; None leaves it to the hub.
     """
 
     strategy: str = "mixture"
     k: int = 3
     weights: str = "uniform"
-    min_score: float | None = None
+    min_score: float | Literal["auto"] | None = None
     adapters: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     namespace: str = DEFAULT_NAMESPACE
@@ -195,6 +201,7 @@ class Routing:
     licenses: tuple[str, ...] = ()
     scores: tuple[MinScore, ...] = ()
     min_trust: Trust = "low"
+    rerank: bool | None = None
 
     def allowed(self, base_model: str) -> AdapterFilter:
         """The adapters that a search for a route may return."""

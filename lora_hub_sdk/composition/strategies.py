@@ -69,6 +69,10 @@ def check_routing(routing: Routing) -> None:
     check_k(routing.k)
     if routing.weights not in WEIGHTINGS:
         raise ConfigurationError(f"weights={routing.weights!r} is unknown; choose one of {', '.join(WEIGHTINGS)}")
+    floor = routing.min_score
+    number = isinstance(floor, int | float) and not isinstance(floor, bool) and math.isfinite(floor)
+    if not (floor is None or floor == "auto" or number):
+        raise ConfigurationError(f'min_score={floor!r}: expected a cosine from -1 to 1, "auto", or None')
     names = routing.adapters
     if names is None:
         return

@@ -2,44 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lora_hub_sdk.errors import SamplesError
+from lora_hub_sdk.errors import ConfigurationError, EncoderMismatchError, SamplesError
 from lora_hub_sdk.registry.index import Vector
 from lora_hub_sdk.registry.registry import Registry
 from lora_hub_sdk.retriever.encoder import Encoder, mean_vector, unit
 from lora_hub_sdk.retriever.query import check_k, check_prompts
+from lora_hub_sdk.retriever.reranker import CANDIDATES, LexicalReranker
 from lora_hub_sdk.types import AdapterFilter, Hit
 
 
 class Retriever:
-    """Searches a registry with an encoder. Thread-safe."""
+    """Searches a registry with its encoder. Thread-safe.
 
-    def __init__(self, registry: Registry, encoder: Encoder) -> None:
+    Args:
+        encoder: gives the encoder of the moment.
+        rerank: whether searches rerank where they do not say; None is what the encoder's settings say.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        encoder: Callable[[], Encoder],
+        *,
+        rerank: bool | None = None,
+    ) -> None:
+        self.reranker = LexicalReranker(registry)
         self._registry = registry
         self._encoder = encoder
+        self._rerank = _checked(rerank)
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder of the moment."""
+        return self._encoder()
+
+    @property
+    def reranks(self) -> bool:
+        """Whether searches rerank now, where they do not say."""
+        return self._reranks(None, self._encoder())
 
     def search_many(
         self,
         prompts: Sequence[str],
         k: int,
         allowed: AdapterFilter,
+        rerank: bool | None = None,
     ) -> list[list[Hit]]:
         """For each prompt its up to k nearest adapters, best first. All prompts are encoded in one call.
 
+        Args:
+            rerank: whether the 50 nearest come in the order of their words too; None leaves it to the retriever. The
+                first of a wide search are those of a narrow one.
+
         Raises:
-            ConfigurationError: k is not a whole number of 1 or more.
+            ConfigurationError: k is not a whole number of 1 or more, or rerank is no bool.
             EmptyPromptError: a prompt without text.
         """
         check_k(k)
+        _checked(rerank)
         check_prompts(prompts)
         if not prompts:
             return []
-        return self._registry.search(list(self._encoder.encode(prompts)), k, allowed)
+        while True:
+            encoder = self._encoder()
+            reranks = self._reranks(rerank, encoder)
+            width = max(k, CANDIDATES) if reranks else k
+            try:
+                found = self._registry.search(list(encoder.encode(prompts)), width, allowed, encoder.fingerprint)
+            except EncoderMismatchError:
+                # Switched while the prompts were encoded, and adapters came since that the encoder before never saw.
+                if self._encoder().fingerprint == encoder.fingerprint:
+                    raise
+                continue
+            return [hits[:k] for hits in self.reranker.rerank(prompts, found)] if reranks else found
+
+    def _reranks(self, asked: bool | None, encoder: Encoder) -> bool:
+        told = self._rerank if asked is None else asked
+        return bool(getattr(getattr(encoder, "settings", None), "rerank", False)) if told is None else told
+
+
+def _checked(rerank: bool | None) -> bool | None:
+    # Any text, "no" as well, would count as yes.
+    if rerank is not None and not isinstance(rerank, bool):
+        raise ConfigurationError(f"rerank={rerank!r}: expected True, False, or None for what the encoder says")
+    return rerank
 
 
 def embed_samples(encoder: Encoder, texts: Sequence[str], source: str) -> Vector:
