@@ -17,6 +17,7 @@ from lora_hub_sdk.errors import (
     AdmissionError,
     ConfigurationError,
     ConflictError,
+    EncoderMismatchError,
     InvalidConfigError,
     PinnedError,
 )
@@ -25,16 +26,17 @@ from lora_hub_sdk.registry._card import read_card
 from lora_hub_sdk.registry.adapter_config import AdapterConfig, read_adapter_config
 from lora_hub_sdk.registry.admission import Admitted, Limits, ModuleShapes, admit, check_base_model
 from lora_hub_sdk.registry.card_samples import CardSamples
-from lora_hub_sdk.registry.index import Vector
 from lora_hub_sdk.registry.inspection import Inspection, inspect_adapter
 from lora_hub_sdk.registry.records import Registration, Representation
 from lora_hub_sdk.registry.registry import Registry
 from lora_hub_sdk.registry.source import CARD, HubSource, Pulled
+from lora_hub_sdk.retriever.active import record_of
 from lora_hub_sdk.retriever.encoder import Encoder
-from lora_hub_sdk.retriever.guess import described, guess_vector
+from lora_hub_sdk.retriever.guess import described
 from lora_hub_sdk.retriever.query import names_of
 from lora_hub_sdk.retriever.retriever import embed_samples, given_vector
 from lora_hub_sdk.retriever.samples import Sample, sample_texts
+from lora_hub_sdk.retriever.switching import guessed
 from lora_hub_sdk.types import DEFAULT_NAMESPACE, Adapter
 
 if TYPE_CHECKING:
@@ -146,19 +148,19 @@ class Intake:
                 self._registry.check_content(known, candidate.admitted.digest)
                 if request.embedding is None and (texts is None or self._registry.has_samples(known, texts)):
                     return self._registry.keep_files(known, pulled.folder)
-            return self._registry.add(
-                Registration(
-                    name=name,
-                    namespace=request.namespace,
-                    pulled=pulled,
-                    admitted=candidate.admitted,
-                    base_model=candidate.base_model,
-                    representation=self._represented(candidate, texts, request, label),
-                    description=request.description,
-                    tags=names_of("tags", request.tags),
-                    follows=None if _COMMIT.fullmatch(request.revision or "") else request.revision,
-                )
+            registration = Registration(
+                name=name,
+                namespace=request.namespace,
+                pulled=pulled,
+                admitted=candidate.admitted,
+                base_model=candidate.base_model,
+                representation=None,
+                description=request.description,
+                tags=names_of("tags", request.tags),
+                follows=None if _COMMIT.fullmatch(request.revision or "") else request.revision,
             )
+            represented = partial(self._represented, candidate, texts, request, label)
+            return self._embedded(registration, represented, self._registry.add)
 
     def register_many(
         self,
@@ -215,13 +217,15 @@ class Intake:
                 pulled=candidate.pulled,
                 admitted=candidate.admitted,
                 base_model=known.base_model,
-                representation=None if keep else self._represented(candidate, texts, request, label),
+                representation=None,
                 description=description,
                 tags=tags,
                 follows=follows if _COMMIT.fullmatch(request.revision or "") else request.revision or follows,
             )
+            represented = partial(self._represented, candidate, texts, request, label)
+            move = partial(self._registry.replace, known)
             try:
-                return self._registry.replace(known, registration)
+                return move(registration) if keep else self._embedded(registration, represented, move)
             except ConflictError:
                 now = self._registry.get(known.name, known.namespace)
                 # Somebody else did the very same.
@@ -244,18 +248,6 @@ class Intake:
                 pulled.folder, source=label, shapes=shapes, limits=self._limits, pickle_files=pulled.pickle_files
             )
             return replace(report, repo_id=pulled.repo_id, revision=pulled.revision)
-
-    def embed_again(self, adapter: Adapter) -> None:
-        """Give an adapter a vector under the current encoder, where something is left to make it from."""
-        texts = self._registry.samples(adapter)
-        if texts:
-            vector = embed_samples(self._encoder(), texts, adapter.name)
-        elif adapter.origin == "guess":
-            text = described(adapter.name, adapter.description, tags=adapter.tags)
-            vector = self._guessed(adapter.base_model, adapter.namespace, adapter.folder, text, adapter.name)
-        else:
-            return
-        self._registry.add_embedding(adapter, self._encoder().name, vector)
 
     def _checked(
         self, reference: Reference, revision: str | None, base_model: Reference | None, lease: ExitStack
@@ -288,11 +280,39 @@ class Intake:
         check_base_model(config, self._bases.name(asked, lambda: [found]), found, label)
         return found
 
+    def _embedded(
+        self,
+        registration: Registration,
+        represented: Callable[[Encoder], Representation],
+        write: Callable[[Registration], Adapter],
+    ) -> Adapter:
+        """Write a registration with its vector, made again where the registry's encoder was switched meanwhile."""
+        while True:
+            encoder = self._encoder()
+            representation = represented(encoder)
+            try:
+                return write(replace(registration, representation=representation))
+            except EncoderMismatchError:
+                # Nobody but its owner can tell an owner's vector under another encoder.
+                if representation.origin == "owner" or self._encoder().fingerprint == encoder.fingerprint:
+                    raise
+
     def _represented(
-        self, candidate: _Candidate, texts: tuple[str, ...] | None, request: AdapterRequest, label: str
+        self,
+        candidate: _Candidate,
+        texts: tuple[str, ...] | None,
+        request: AdapterRequest,
+        label: str,
+        encoder: Encoder,
     ) -> Representation:
-        encoder = self._encoder()
-        of = partial(Representation, encoder=encoder.fingerprint, encoder_name=encoder.name)
+        record = record_of(encoder)
+        of = partial(
+            Representation,
+            encoder=record.fingerprint,
+            encoder_name=record.name,
+            reference=record.reference,
+            instruction=record.instruction,
+        )
         if request.embedding is not None:
             return of(given_vector(request.embedding, encoder, label), origin="owner")
         if texts is not None:
@@ -310,14 +330,9 @@ class Intake:
         _log.warning(
             "%s came without samples and its card shows none: its vector is guessed, and its hits have low trust", label
         )
-        vector = self._guessed(candidate.base_model, request.namespace, pulled.folder, text, label)
+        base, folder = candidate.base_model, pulled.folder
+        vector = guessed(self._registry, encoder, base, request.namespace, folder, text, label)
         return of(vector, origin="guess")
-
-    def _guessed(self, base_model: str, namespace: str, folder: Path, text: str, label: str) -> Vector:
-        # Of the same namespace only: a guess must not tell of adapters that its caller may not see.
-        others = self._registry.known(namespace, base_model)
-        known = [(other, vector) for other, vector in others if other != folder]
-        return guess_vector(self._encoder(), text=text, weights=folder, known=known, source=label)
 
 
 def _typed(reference: Reference) -> str | Path:

@@ -60,15 +60,17 @@ def is_unretried_outage(error: Exception) -> bool:
     return (_status(error) or 0) >= 500 or type(error).__name__ == "ReadError"
 
 
-def translate(error: Exception, *, repo_id: str, revision: str | None, token: str | None) -> SourceError:
+def translate(
+    error: Exception, *, repo_id: str, revision: str | None, token: str | None, done: str = "downloaded"
+) -> SourceError:
     """Our error for any that escaped from a pull; its text never holds ``token`` or another credential."""
-    kind, text = _told(_root(error), f"{repo_id!r}" + (f" at revision {revision!r}" if revision else ""))
+    kind, text = _told(_root(error), f"{repo_id!r}" + (f" at revision {revision!r}" if revision else ""), done)
     if token:
         text = text.replace(token, "***")
     return kind(text, repo_id=repo_id, revision=revision)
 
 
-def _told(error: Exception, asked: str) -> tuple[type[SourceError], str]:
+def _told(error: Exception, asked: str, done: str) -> tuple[type[SourceError], str]:
     status = _status(error)
     if isinstance(error, hf.RevisionNotFoundError):
         return RevisionNotFoundError, f"{asked} was not found: the repository has no such revision; check it"
@@ -91,7 +93,7 @@ def _told(error: Exception, asked: str) -> tuple[type[SourceError], str]:
         )
     if isinstance(error, hf.RepositoryNotFoundError) or (status == 404 and not _is_missing_file(error)):
         return RepoNotFoundError, f"{asked} is neither a folder nor a repository on the Hub; check the name"
-    return DownloadError, f"{asked} could not be downloaded: {_first_line(error)}; {_advice(error)}"
+    return DownloadError, f"{asked} could not be {done}: {_first_line(error)}; {_advice(error)}"
 
 
 def _root(error: Exception) -> Exception:

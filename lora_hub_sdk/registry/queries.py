@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
-from sqlalchemy import Engine, Select, exists, select
+from sqlalchemy import ColumnElement, Engine, Select, exists, select
 from sqlalchemy.orm import Session
 
 from lora_hub_sdk.errors import AdapterNotFoundError
 from lora_hub_sdk.registry.index import Entry, Vector, embedding_id_of, key_of
-from lora_hub_sdk.registry.records import adapter_of, event_of, score_of, vector_of
+from lora_hub_sdk.registry.records import EncoderRecord, adapter_of, event_of, score_of, vector_of
 from lora_hub_sdk.registry.selection import visible
 from lora_hub_sdk.registry.tables import (
     AdapterRow,
@@ -29,6 +30,8 @@ from lora_hub_sdk.registry.tables import (
 from lora_hub_sdk.types import Adapter, AdapterFilter, Event, Score
 
 VERSION: Final = "version"
+#: The active encoder, once something was registered.
+ENCODER: Final = "encoder"
 #: Values in one IN (...); databases bound how many variables a statement may have.
 _VALUES_PER_QUERY: Final = 500
 _T = TypeVar("_T")
@@ -52,6 +55,16 @@ class SqlQueries:
         """A number that every change of adapters, vectors or scores raises by one, whichever process makes it."""
         with Session(self._engine) as session:
             return read_version(session)
+
+    def active_encoder(self) -> EncoderRecord | None:
+        """The encoder that this registry is searched with, or None where none was recorded yet."""
+        with Session(self._engine) as session:
+            return read_encoder(session)
+
+    def fit_rule(self, namespace: str, encoder: str) -> str | None:
+        """From which score on adapters of a namespace fit, under an encoder; None where nobody calibrated."""
+        with Session(self._engine) as session:
+            return session.scalar(select(MetaRow.value).where(MetaRow.key == fit_rule_key(namespace, encoder)))
 
     def find(self, name: str, namespace: str) -> Adapter | None:
         """The adapter of that name, or None."""
@@ -110,6 +123,22 @@ class SqlQueries:
         query = select(SampleRow.text).where(SampleRow.adapter_id == adapter.id).order_by(SampleRow.position)
         with Session(self._engine) as session:
             return tuple(session.scalars(query))
+
+    def samples_of(self, adapters: Iterable[int], most: int) -> dict[int, tuple[str, ...]]:
+        """By id, the first ``most`` texts that were kept of each adapter, in order; who has none is left out."""
+        query = select(SampleRow.adapter_id, SampleRow.text).where(SampleRow.position < most)
+        texts: dict[int, list[str]] = {}
+        with Session(self._engine) as session:
+            for part in _parts(adapters):
+                of_part = query.where(SampleRow.adapter_id.in_(part)).order_by(SampleRow.adapter_id, SampleRow.position)
+                for adapter, text in session.execute(of_part):
+                    texts.setdefault(adapter, []).append(text)
+        return {adapter: tuple(found) for adapter, found in texts.items()}
+
+    def with_samples(self) -> set[int]:
+        """The ids of adapters of which texts were kept."""
+        with Session(self._engine) as session:
+            return set(session.scalars(select(SampleRow.adapter_id).distinct()))
 
     # -- what the index holds -----------------------------------------------------------------------------------------
 
@@ -173,10 +202,13 @@ class SqlQueries:
             parts = (session.scalars(query.where(AdapterRow.name.in_(part))) for part in _parts(names))
             return frozenset(number for part in parts for number in part)
 
-    def without_embedding(self, encoder: str, adapters: Iterable[int] | None = None) -> list[Adapter]:
-        """Adapters in service, or those of some ids, that have no vector under this encoder."""
-        of_encoder = exists().where(EmbeddingRow.adapter_id == AdapterRow.id, EmbeddingRow.encoder == encoder)
-        query = _ADAPTERS.where(~of_encoder, AdapterRow.state == "active").order_by(AdapterRow.id)
+    def without_embedding(
+        self, encoder: str, adapters: Iterable[int] | None = None, *, retired: bool = False
+    ) -> list[Adapter]:
+        """Adapters in service (or ``retired`` ones too), or those of some ids, without a vector under this encoder."""
+        query = _ADAPTERS.where(lacks(encoder)).order_by(AdapterRow.id)
+        if not retired:
+            query = query.where(AdapterRow.state == "active")
         with Session(self._engine) as session:
             if adapters is None:
                 return _load(session, query)
@@ -244,6 +276,22 @@ _ADAPTERS: Final = select(AdapterRow, RevisionRow).join(
 def read_version(session: Session) -> int:
     """The registry's version as this session sees it."""
     return int(session.scalars(select(MetaRow.value).where(MetaRow.key == VERSION)).one())
+
+
+def read_encoder(session: Session) -> EncoderRecord | None:
+    """The active encoder as this session sees it."""
+    text = session.scalar(select(MetaRow.value).where(MetaRow.key == ENCODER))
+    return None if text is None else EncoderRecord.of_text(text)
+
+
+def fit_rule_key(namespace: str, encoder: str) -> str:
+    """Short enough for the column, whatever the namespace."""
+    return f"fit-rule:{hashlib.sha256(f'{encoder} {namespace}'.encode()).hexdigest()[:48]}"
+
+
+def lacks(encoder: str) -> ColumnElement[bool]:
+    """Whether an adapter has no vector under an encoder."""
+    return ~exists().where(EmbeddingRow.adapter_id == AdapterRow.id, EmbeddingRow.encoder == encoder)
 
 
 def load_adapter(session: Session, adapter_id: int) -> Adapter | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -17,11 +18,35 @@ from lora_hub_sdk.registry.tables import AdapterRow, EmbeddingRow, EventRow, Rev
 from lora_hub_sdk.types import Adapter, AdapterState, Event, Origin, Score
 
 
+@dataclass(frozen=True, slots=True)
+class EncoderRecord:
+    """The encoder that a registry is searched with, and how any process comes by it.
+
+    ``reference`` is a Hub id or an absolute folder; None where the encoder was an object that nobody else can load.
+    ``instruction`` is what it puts in front of every text.
+    """
+
+    fingerprint: str
+    name: str
+    reference: str | None = None
+    instruction: str | None = None
+
+    def as_text(self) -> str:
+        """As the database keeps it."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def of_text(cls, text: str) -> EncoderRecord:
+        """From what ``as_text`` made."""
+        return cls(**json.loads(text))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Representation:
     """What an adapter is found by: one vector under one encoder, and where it comes from.
 
     ``texts`` are the samples that shall be kept, none of them where their owner keeps them; ``count`` were embedded.
+    ``reference`` and ``instruction`` are the encoder's, as in ``EncoderRecord``.
     """
 
     vector: Vector
@@ -30,6 +55,8 @@ class Representation:
     origin: Origin
     texts: tuple[str, ...] = ()
     count: int = 0
+    reference: str | None = None
+    instruction: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +13,7 @@ from lora_hub_sdk.config import cache_home
 from lora_hub_sdk.errors import ConfigurationError, EncoderMismatchError, NameTakenError, RetiredError
 from lora_hub_sdk.registry.admission import WEIGHTS_FILE
 from lora_hub_sdk.registry.follower import Follower, Progress, Verification
+from lora_hub_sdk.registry.followers import Followers
 from lora_hub_sdk.registry.index import Vector, is_same
 from lora_hub_sdk.registry.index_places import open_index
 from lora_hub_sdk.registry.records import Registration, vector_of
@@ -31,8 +31,8 @@ class Registry:
     Args:
         database: a file, ":memory:", or an SQLAlchemy URL.
         index: a folder, "exact", "http://host:port" of a Chroma server, or None for a folder beside the database.
-        encoder: gives the fingerprint of the encoder whose vectors are searched; asked on the first use of the index,
-            so that listing adapters needs no encoder.
+        encoder: gives the fingerprint of the encoder whose vectors are searched; asked at every use of the index, so
+            that listing adapters needs no encoder, and another one may come in its place.
         actor: who is written into the events.
 
     Raises:
@@ -47,8 +47,7 @@ class Registry:
         self.store = SqlStore(self._engine, actor)
         self._place = index if index is not None else _beside(self._engine, self.store.registry_id)
         self._ask_encoder = encoder
-        self._lock = threading.Lock()
-        self._opened: Follower | None = None
+        self._followers = Followers(self._follow)
 
     @property
     def _encoder(self) -> str:
@@ -56,12 +55,12 @@ class Registry:
 
     @property
     def _follower(self) -> Follower:
-        encoder = self._encoder
-        with self._lock:
-            if self._opened is None:
-                name = f"hub-{self.store.registry_id[:12]}-{encoder[:24]}"
-                self._opened = Follower(self.store, lambda: open_index(self._place, name), encoder)
-            return self._opened
+        with self._followers.lend(self._encoder) as follower:
+            return follower
+
+    def _follow(self, encoder: str) -> Follower:
+        name = f"hub-{self.store.registry_id[:12]}-{encoder[:24]}"
+        return Follower(self.store, lambda: open_index(self._place, name), encoder)
 
     @property
     def digest(self) -> str:
@@ -195,6 +194,10 @@ class Registry:
         """The texts of an adapter that were kept."""
         return self.store.samples(adapter)
 
+    def samples_of(self, adapters: Iterable[int], most: int) -> dict[int, tuple[str, ...]]:
+        """The first ``most`` texts of each of these ids that were kept; who has none is left out."""
+        return self.store.samples_of(adapters, most)
+
     def scores(self, adapter: Adapter) -> list[Score]:
         """Every score of an adapter, those of its current content first."""
         return self.store.scores(adapter)
@@ -211,18 +214,25 @@ class Registry:
 
     # -- searching ----------------------------------------------------------------------------------------------------
 
-    def search(self, vectors: Sequence[Vector], k: int, allowed: AdapterFilter) -> list[list[Hit]]:
-        """For each vector the up to k nearest adapters that the filter lets through; see ``Follower.search``."""
-        return self._follower.search(vectors, k, allowed)
+    def search(
+        self, vectors: Sequence[Vector], k: int, allowed: AdapterFilter, encoder: str | None = None
+    ) -> list[list[Hit]]:
+        """For each vector the up to k nearest adapters that the filter lets through; see ``Follower.search``.
+
+        Args:
+            encoder: fingerprint of the encoder that made the vectors, where that may have been replaced since.
+        """
+        with self._followers.lend(encoder or self._encoder) as follower:
+            return follower.search(vectors, k, allowed)
 
     def vector(self, adapter: Adapter) -> Vector | None:
         """An adapter's vector under the current encoder."""
         content = self.store.vector(adapter, self._encoder)
         return None if content is None else vector_of(content)
 
-    def known(self, namespace: str, base_model: str) -> list[tuple[Path, Vector]]:
-        """Folders and vectors of adapters that a guess can go by, the latest first."""
-        return self.store.known(namespace, base_model, self._encoder, _MOST_KNOWN)
+    def known(self, namespace: str, base_model: str, encoder: str | None = None) -> list[tuple[Path, Vector]]:
+        """Folders and vectors, under this or another encoder, of adapters that a guess can go by, the latest first."""
+        return self.store.known(namespace, base_model, encoder or self._encoder, _MOST_KNOWN)
 
     def unembedded(self) -> list[Adapter]:
         """Adapters in service whose vectors belong to other encoders than this registry's."""
@@ -231,6 +241,14 @@ class Registry:
     def add_embedding(self, adapter: Adapter, encoder_name: str, vector: Vector) -> None:
         """Give an adapter its vector under this registry's encoder."""
         self.store.add_embedding(adapter, self._encoder, encoder_name, vector)
+
+    def fit_rule(self, namespace: str, encoder: str) -> str | None:
+        """What was calibrated for a namespace with the encoder of a fingerprint; None where nothing was."""
+        return self.store.fit_rule(namespace, encoder)
+
+    def keep_fit_rule(self, namespace: str, encoder: str, rule: str) -> None:
+        """Keep what was calibrated for a namespace with the encoder of a fingerprint."""
+        self.store.keep_fit_rule(namespace, encoder, rule)
 
     def verify(self) -> Verification:
         """Compare every vector of the index with SQL's; see ``Follower.verify``."""
@@ -242,8 +260,7 @@ class Registry:
 
     def close(self) -> None:
         """Release the database and the index."""
-        if self._opened is not None:
-            self._opened.close()
+        self._followers.close()
         self.store.close()
 
     def _check_encoder(self, registration: Registration) -> None:
@@ -260,7 +277,8 @@ class Registry:
         assert given is not None
         if given.texts and known.origin == given.origin and self.store.samples(known) == given.texts:
             return
-        held = self.vector(known)
+        content = self.store.vector(known, given.encoder)
+        held = None if content is None else vector_of(content)
         if held is None or not is_same(held, given.vector):
             how = f"{known.sample_count} other samples" if known.sample_count else "another vector"
             raise NameTakenError(

@@ -15,10 +15,20 @@ from sqlalchemy import Engine, Integer, Text, cast, delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from lora_hub_sdk.errors import AdapterNotFoundError, ConflictError, NameTakenError, PinnedError
+from lora_hub_sdk.errors import AdapterNotFoundError, ConflictError, EncoderMismatchError, NameTakenError, PinnedError
 from lora_hub_sdk.registry.index import Vector
-from lora_hub_sdk.registry.queries import VERSION, SqlQueries, load_adapter, read_version
+from lora_hub_sdk.registry.queries import (
+    ENCODER,
+    VERSION,
+    SqlQueries,
+    fit_rule_key,
+    lacks,
+    load_adapter,
+    read_encoder,
+    read_version,
+)
 from lora_hub_sdk.registry.records import (
+    EncoderRecord,
     Registration,
     Representation,
     adapter_row,
@@ -57,14 +67,23 @@ class _Change:
 
     def note(self, action: str, row: AdapterRow, **detail: str | int | float | None) -> None:
         """Leave an event, by which people and vector indexes learn of the change."""
+        self._note(action, row.id, row.namespace, row.name, detail)
+
+    def note_registry(self, action: str, namespace: str, name: str, **detail: str | int | float | None) -> None:
+        """Leave an event that is of no adapter, and yet part of the history: every version has its event."""
+        self._note(action, 0, namespace, name, detail)
+
+    def _note(
+        self, action: str, adapter_id: int, namespace: str, name: str, detail: dict[str, str | int | float | None]
+    ) -> None:
         event = EventRow(
             version=self.version,
             at=self.now,
             actor=self.actor,
             action=action,
-            adapter_id=row.id,
-            namespace=row.namespace,
-            name=row.name,
+            adapter_id=adapter_id,
+            namespace=namespace,
+            name=name,
             detail=detail,
         )
         self.session.add(event)
@@ -126,6 +145,7 @@ class SqlStore(SqlQueries):
 
         Raises:
             NameTakenError: the name is there already, whoever wrote it.
+            EncoderMismatchError: its vector is not of the active encoder.
         """
         with self._change() as change:
             session, namespace = change.session, registration.namespace
@@ -156,6 +176,7 @@ class SqlStore(SqlQueries):
             ConflictError: the adapter has another revision by now.
             PinnedError: it was pinned meanwhile.
             AdapterNotFoundError: it was removed meanwhile.
+            EncoderMismatchError: the new vector is not of the active encoder.
         """
         with self._change() as change:
             session, row = change.session, change.unmoved(known)
@@ -241,15 +262,57 @@ class SqlStore(SqlQueries):
             change.note("removed", row, revision=change.adapter(row).revision)
             change.session.delete(row)
 
-    def add_embedding(self, adapter: Adapter, encoder: str, encoder_name: str, vector: Vector) -> None:
-        """Keep the vector of an adapter under another encoder."""
+    def add_embedding(
+        self,
+        adapter: Adapter,
+        encoder: str,
+        encoder_name: str,
+        vector: Vector,
+        texts: tuple[str, ...] | None = None,
+    ) -> None:
+        """Keep the vector of an adapter under another encoder.
+
+        Args:
+            texts: the samples that the vector was made from, () for none; they must still be the adapter's.
+
+        Raises:
+            ConflictError: the adapter has other content or other samples by now.
+            AdapterNotFoundError: it was removed meanwhile.
+        """
         with self._change() as change:
             session, row = change.session, change.row(adapter)
+            if texts is not None:
+                _require_made_from(change, adapter, texts)
             _ensure_encoder(session, encoder, encoder_name, vector)
             same = (EmbeddingRow.adapter_id == row.id) & (EmbeddingRow.encoder == encoder)
             session.execute(delete(EmbeddingRow).where(same))
             session.add(embedding_row(row.id, encoder, vector))
             change.note("embedded", row, encoder=encoder)
+
+    def activate(self, record: EncoderRecord) -> None:
+        """Make an encoder the one that this registry is searched with, if every adapter has a vector of it.
+
+        Raises:
+            ConflictError: some adapter, in service or not, has none; nothing was written.
+        """
+        with self._change() as change:
+            session, before = change.session, read_encoder(change.session)
+            waiting = list(session.scalars(select(AdapterRow.name).where(lacks(record.fingerprint)).limit(3)))
+            if waiting:
+                raise ConflictError(
+                    f"{', '.join(map(repr, waiting))} have no vector under encoder {record.name!r}; embed them, then "
+                    "switch again"
+                )
+            session.merge(MetaRow(key=ENCODER, value=record.as_text()))
+            change.note_registry(
+                "switched", "", record.name, before=before and before.fingerprint, encoder=record.fingerprint
+            )
+
+    def keep_fit_rule(self, namespace: str, encoder: str, rule: str) -> None:
+        """Keep from which score on adapters of a namespace fit, under an encoder, in place of an earlier rule."""
+        with self._change() as change:
+            change.session.merge(MetaRow(key=fit_rule_key(namespace, encoder), value=rule))
+            change.note_registry("calibrated", namespace, "", encoder=encoder)
 
     def note_pull(self, folder: Path, repo_id: str, revision: str) -> None:
         """Note that a commit is about to be put into a cache."""
@@ -292,10 +355,30 @@ class SqlStore(SqlQueries):
 
 
 def _represent(session: Session, row: AdapterRow, representation: Representation) -> None:
+    encoder, name = representation.encoder, representation.encoder_name
+    active = read_encoder(session)
+    if active is not None and active.fingerprint != encoder:
+        raise EncoderMismatchError(
+            f"{row.name!r} brings a vector of encoder {name!r} ({encoder[:12]}), this registry is searched with "
+            f"{active.name!r} ({active.fingerprint[:12]}); nothing was written: make it with that one, which a hub "
+            "opened without encoder=... has, or switch the registry to the other by hub.switch_encoder(...)"
+        )
     row.origin, row.sample_count = representation.origin, representation.count
-    _ensure_encoder(session, representation.encoder, representation.encoder_name, representation.vector)
+    _ensure_encoder(session, encoder, name, representation.vector)
     session.add_all(sample_rows(row.id, representation.texts))
-    session.add(embedding_row(row.id, representation.encoder, representation.vector))
+    session.add(embedding_row(row.id, encoder, representation.vector))
+    # A registry of an earlier version records none, and its other vectors may be of another encoder.
+    if active is None and session.scalar(select(AdapterRow.id).where(lacks(encoder)).limit(1)) is None:
+        record = EncoderRecord(encoder, name, representation.reference, representation.instruction)
+        session.add(MetaRow(key=ENCODER, value=record.as_text()))
+
+
+def _require_made_from(change: _Change, adapter: Adapter, texts: tuple[str, ...]) -> None:
+    """Refuse a vector that was made from what the adapter has no more."""
+    row = change.row(adapter) if texts else change.unmoved(adapter)  # a guess is made from the files
+    kept = select(SampleRow.text).where(SampleRow.adapter_id == row.id).order_by(SampleRow.position)
+    if row.origin != adapter.origin or tuple(change.session.scalars(kept)) != texts:
+        raise ConflictError(f"{adapter.name!r} has other samples by now; nothing was written, embed it again")
 
 
 def _ensure_encoder(session: Session, fingerprint: str, name: str, vector: Vector) -> None:

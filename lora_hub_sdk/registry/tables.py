@@ -34,7 +34,11 @@ class Base(DeclarativeBase):
 
 
 class MetaRow(Base):
-    """Facts about this registry as a whole; ``registry_id`` tells two registries apart in one vector index."""
+    """Facts about this registry as a whole.
+
+    ``registry_id`` tells two registries apart in one vector index, ``version`` counts changes, ``encoder`` is the one
+    that is searched with.
+    """
 
     __tablename__ = "meta"
     key: Mapped[str] = mapped_column(String(64), primary_key=True)
