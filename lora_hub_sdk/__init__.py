@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from lora_hub_sdk.hub import LoraHub
     from lora_hub_sdk.intake import AdapterRequest, RegisterOutcome
     from lora_hub_sdk.registry.admission import Limits
+    from lora_hub_sdk.retriever.evaluation import Evaluation, evaluate_retriever
+    from lora_hub_sdk.retriever.publish import push_retriever
+    from lora_hub_sdk.retriever.questions import Question, read_questions
+    from lora_hub_sdk.retriever.tasks import Task, read_tasks
+    from lora_hub_sdk.retriever.trainer import RetrieverTrainer
+    from lora_hub_sdk.retriever.training_report import TrainingReport
     from lora_hub_sdk.types import (
         Adapter,
         Completion,
@@ -33,11 +39,12 @@ if TYPE_CHECKING:
         Usage,
     )
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "Adapter",
     "AdapterRequest",
     "Completion",
+    "Evaluation",
     "Event",
     "Hit",
     "Limits",
@@ -48,13 +55,21 @@ __all__ = [
     "MinScore",
     "ModelSettings",
     "Plan",
+    "Question",
     "RegisterOutcome",
+    "RetrieverTrainer",
     "Route",
     "Routing",
     "Sampling",
     "Score",
+    "Task",
     "Trace",
+    "TrainingReport",
     "Usage",
+    "evaluate_retriever",
+    "push_retriever",
+    "read_questions",
+    "read_tasks",
 ]
 
 _TYPES: Final = (
@@ -79,6 +94,12 @@ _HOME: Final = {
     "LoraHub": "lora_hub_sdk.hub",
     "LoraHubError": "lora_hub_sdk.errors",
     "ModelSettings": "lora_hub_sdk.engine.base_model",
+    **dict.fromkeys(("Evaluation", "evaluate_retriever"), "lora_hub_sdk.retriever.evaluation"),
+    **dict.fromkeys(("Question", "read_questions"), "lora_hub_sdk.retriever.questions"),
+    **dict.fromkeys(("Task", "read_tasks"), "lora_hub_sdk.retriever.tasks"),
+    "RetrieverTrainer": "lora_hub_sdk.retriever.trainer",
+    "TrainingReport": "lora_hub_sdk.retriever.training_report",
+    "push_retriever": "lora_hub_sdk.retriever.publish",
 }
 #: Names from the integrations: (module, extra that installs what it needs).
 _GUESTS: Final = {"LoraRetrieverLLM": ("langchain_lora_hub", "langchain")}

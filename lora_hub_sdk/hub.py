@@ -14,17 +14,20 @@ from typing import TYPE_CHECKING, Any, overload
 from lora_hub_sdk.composition.router import Router
 from lora_hub_sdk.errors import AdapterChangedError, ConfigurationError, EngineClosedError, LoraHubError
 from lora_hub_sdk.intake import AdapterRequest, Intake, Reference, RegisterOutcome
-from lora_hub_sdk.models import BaseModels, resolve_model
+from lora_hub_sdk.models import BaseModels
 from lora_hub_sdk.registry.admission import Limits, ModuleShapes
 from lora_hub_sdk.registry.card_samples import card_samples
 from lora_hub_sdk.registry.follower import Progress, Verification
 from lora_hub_sdk.registry.gc import Freed, collect
 from lora_hub_sdk.registry.registry import Registry
 from lora_hub_sdk.registry.source import HubSource
-from lora_hub_sdk.retriever.encoder import INSTRUCTION, Encoder, SentenceEncoder
+from lora_hub_sdk.retriever.active import ActiveEncoder
+from lora_hub_sdk.retriever.encoder import Encoder
 from lora_hub_sdk.retriever.query import names_of
 from lora_hub_sdk.retriever.retriever import Retriever
 from lora_hub_sdk.retriever.samples import Sample
+from lora_hub_sdk.retriever.switching import embed_again, switch
+from lora_hub_sdk.retriever.tasks import Task, tasks_of
 from lora_hub_sdk.types import (
     DEFAULT_NAMESPACE,
     Adapter,
@@ -49,6 +52,11 @@ if TYPE_CHECKING:
     from lora_hub_sdk.engine.prompt import Overflow, Template
     from lora_hub_sdk.registry.discovery import Candidate
     from lora_hub_sdk.registry.inspection import Inspection
+    from lora_hub_sdk.retriever.calibration import Calibration
+    from lora_hub_sdk.retriever.evaluation import Evaluation
+    from lora_hub_sdk.retriever.questions import Question
+    from lora_hub_sdk.retriever.switching import Embeddings
+    from lora_hub_sdk.retriever.training_report import TrainingReport
 
 # Inside the class ``list`` is a method.
 Adapters = list[Adapter]
@@ -75,8 +83,11 @@ class LoraHub:
         index: folder of an embedded Chroma, "http://host:port" of a Chroma server, or "exact" for an index in memory
             that is filled from SQL; None is a folder beside the database. While one process has a folder open, others
             search exactly and in memory.
-        encoder: a folder, a Hub id, the embedded "all-minilm-l6-v2", or any object of the ``Encoder`` protocol.
-        instruction: put in front of every text that is embedded (paper section 4.1); part of the fingerprint.
+        encoder: None is the registry's own, whichever it is at the moment: it was recorded at the first registration,
+            and ``switch_encoder`` replaces it; a new registry takes the embedded "all-minilm-l6-v2". A folder, a Hub id
+            or any object of the ``Encoder`` protocol is this hub's alone and stays.
+        instruction: put in front of every text that is embedded (paper section 4.1); part of the fingerprint. None is
+            what the encoder's folder says, or the paper's. Without an encoder, it goes with the embedded one.
         endpoint: a Hub other than https://huggingface.co.
         token: for private and gated repositories; None takes the one that huggingface_hub finds.
         cache_dir: where pulled adapters are kept; None is huggingface_hub's cache.
@@ -84,6 +95,8 @@ class LoraHub:
         limits: bounds on sizes, ranks and norms that no adapter may pass.
         offline: ask no Hub; what was pulled before can be registered and used.
         actor: who is written into the events; the user of this process where nobody is named.
+        rerank: whether searches put the 50 nearest adapters in order by their samples' words too; None is what the
+            encoder's settings say: yes for those that ``train_retriever`` made, no for others.
 
     Raises:
         SchemaError: the database is of another version, or no registry.
@@ -95,8 +108,8 @@ class LoraHub:
         database: Reference = "hub.db",
         *,
         index: str | Path | None = None,
-        encoder: Reference | Encoder = "all-minilm-l6-v2",
-        instruction: str = INSTRUCTION,
+        encoder: Reference | Encoder | None = None,
+        instruction: str | None = None,
         endpoint: str | None = None,
         token: str | None = None,
         cache_dir: Path | None = None,
@@ -104,17 +117,20 @@ class LoraHub:
         limits: Limits | None = None,
         offline: bool = False,
         actor: str | None = None,
+        rerank: bool | None = None,
     ) -> None:
         self._lock = threading.RLock()
         self._endpoint = endpoint
         self._token = token
-        self._encoder: Reference | Encoder = encoder
-        self._instruction = instruction
         self._offline = offline
         self._bases = BaseModels(base_folders, endpoint=endpoint, token=token, offline=offline)
         self._registry = Registry(
             os.fspath(database), index=index, encoder=lambda: self.encoder.fingerprint, actor=actor or _user()
         )
+        self._encoder = ActiveEncoder(
+            self._registry.store, encoder, instruction=instruction, endpoint=endpoint, token=token, offline=offline
+        )
+        self._retriever = Retriever(self._registry, lambda: self.encoder, rerank=rerank)
         self._source = HubSource(
             endpoint=endpoint,
             token=token,
@@ -403,27 +419,62 @@ class LoraHub:
         Args:
             progress: called with how many vectors are in the index, and how many there will be.
         """
-        for adapter in self._registry.unembedded():
-            self._intake.embed_again(adapter)
+        encoder = self.encoder
+        for _ in embed_again(self._registry, self._registry.store.without_embedding(encoder.fingerprint), encoder):
+            pass
         return self._registry.reindex(progress)
+
+    def switch_encoder(
+        self,
+        encoder: Reference | Encoder,
+        *,
+        instruction: str | None = None,
+        embeddings: Embeddings | None = None,
+        progress: Progress | None = None,
+    ) -> int:
+        """Have this registry searched with another encoder, from the next search on and in every process.
+
+        Every adapter is embedded, retired ones too, while searches go on with the encoder before; then one transaction
+        switches. Killed before that, it goes on where it was when it is called again. The vectors of the encoder before
+        stay, so switching back is quick. Hubs that were opened without an encoder follow, as does this one.
+
+        Args:
+            encoder: a folder, a Hub id or the embedded "all-minilm-l6-v2", which every process must be able to load; an
+                ``Encoder`` object serves this hub, and those that are opened with it.
+            instruction: put in front of every text; None is what the encoder's folder says, or the paper's.
+            embeddings: vectors under the new encoder of adapters whose samples were not kept, by name, or by
+                (namespace, name).
+            progress: called with how many adapters are embedded, and how many there will be.
+
+        Returns:
+            How many adapters were embedded.
+
+        Raises:
+            EncoderMismatchError: adapters that nothing is left to embed by; it names them, and nothing was switched.
+            ModelNotFoundError: no source has the encoder.
+            SamplesError: a vector in ``embeddings`` that cannot be searched.
+        """
+        chosen = self._encoder.load(encoder, instruction)
+        count = switch(self._registry, chosen, embeddings, progress)
+        self._encoder.follow(chosen)
+        return count
 
     @property
     def digest(self) -> str:
         """Changes whenever a search may answer otherwise: for the keys of caches."""
-        return self._registry.digest
+        return f"{self._registry.digest}:{'words' if self._retriever.reranks else 'cosine'}"
 
     # -- which fit a prompt -------------------------------------------------------------------------------------------
 
     @property
     def encoder(self) -> Encoder:
-        """The encoder of prompts and samples."""
-        with self._lock:
-            if isinstance(self._encoder, str | os.PathLike):
-                resolved = resolve_model(
-                    self._encoder, endpoint=self._endpoint, token=self._token, offline=self._offline
-                )
-                self._encoder = SentenceEncoder(resolved, instruction=self._instruction)
-            return self._encoder
+        """The encoder of prompts and samples: this hub's own, or the registry's, whichever that is at the moment.
+
+        Raises:
+            ModelNotFoundError: no source has it.
+            EncoderMismatchError: the registry's is an object that only others have, or its files changed.
+        """
+        return self._encoder.current()
 
     def search(
         self,
@@ -437,6 +488,7 @@ class LoraHub:
         licenses: Collection[str] = (),
         scores: Collection[MinScore] = (),
         min_trust: Trust = "low",
+        rerank: bool | None = None,
     ) -> Hits:
         """The up to k adapters nearest to a prompt, best first; see ``search_many``."""
         return self.search_many(
@@ -449,6 +501,7 @@ class LoraHub:
             licenses=licenses,
             scores=scores,
             min_trust=min_trust,
+            rerank=rerank,
         )[0]
 
     def search_many(
@@ -463,6 +516,7 @@ class LoraHub:
         licenses: Collection[str] = (),
         scores: Collection[MinScore] = (),
         min_trust: Trust = "low",
+        rerank: bool | None = None,
     ) -> HitLists:
         """For each prompt the up to k nearest adapters, best first; all prompts are encoded in one call.
 
@@ -476,9 +530,11 @@ class LoraHub:
             licenses: only adapters under one of these, as their cards name them.
             scores: only adapters that reached all of these, by ``record_score``.
             min_trust: "high" leaves out vectors from cards and guesses, "medium" guesses.
+            rerank: whether the 50 nearest come in the order of their words too, told by ``relevance``; None is what the
+                hub was opened with. Their scores stay cosines.
 
         Raises:
-            ConfigurationError: k below 1.
+            ConfigurationError: k below 1, or rerank is no bool.
             EmptyPromptError: a prompt without text.
         """
         allowed = AdapterFilter(
@@ -490,7 +546,7 @@ class LoraHub:
             scores=tuple(scores),
             min_trust=min_trust,
         )
-        return Retriever(self._registry, self.encoder).search_many(prompts, k, allowed)
+        return self._retriever.search_many(prompts, k, allowed, rerank)
 
     def route(
         self,
@@ -508,8 +564,112 @@ class LoraHub:
             AdapterNotFoundError: a pinned adapter is not registered.
             EmptyPromptError: a prompt without text.
         """
-        router = Router(self._registry, lambda: self.encoder)
+        router = Router(self._registry, self._retriever)
         return router.route(prompts, self._base_name(base_model), routing or Routing())
+
+    def train_retriever(
+        self,
+        *,
+        output_dir: Reference,
+        fraction: float = 1.0,
+        namespace: str | None = None,
+        **recipe: Any,
+    ) -> TrainingReport:
+        """Train an encoder on the samples of the adapters in service; ``switch_encoder`` then searches with it.
+
+        Args:
+            output_dir: a new folder, which becomes an ordinary sentence-transformers model.
+            fraction: the share of the adapters that is trained on; the others measure how it does on unseen ones.
+            namespace: only this one's adapters; by default all.
+            recipe: what ``RetrieverTrainer`` is made with: encoder, seed, steps and so on.
+
+        Raises:
+            SamplesError: fewer than two adapters with samples of their own that were kept.
+            ConfigurationError: a setting that makes no sense, or a folder that holds something else.
+            MissingExtraError: the packages that training needs are not installed.
+        """
+        from lora_hub_sdk.retriever.trainer import RetrieverTrainer
+
+        reached = {"endpoint": self._endpoint, "token": self._token, "offline": self._offline}
+        trainer = RetrieverTrainer(**{**reached, **recipe})
+        return trainer.fit(self, output_dir=output_dir, fraction=fraction, namespace=namespace)
+
+    def calibrate(
+        self,
+        *,
+        false_abstain: float = 0.05,
+        namespace: str = DEFAULT_NAMESPACE,
+        trained: Iterable[str] = (),
+        seed: int = 0,
+    ) -> Calibration:
+        """Find from which score on an adapter fits, and keep it for ``min_score="auto"``.
+
+        It holds for one namespace and the current encoder, in every process, until it is calibrated again: after many
+        adapters came or went, and after the encoder was switched. All kept samples are embedded for it.
+
+        Args:
+            false_abstain: the share of fitting prompts that may be left to the base model.
+            trained: names of adapters whose samples the encoder was trained on.
+            seed: of the draws in a large registry.
+
+        Raises:
+            SamplesError: no adapter in service has samples that were kept.
+            ConfigurationError: a share that is not between 0 and 1.
+        """
+        from lora_hub_sdk.retriever.calibration import calibrate_encoder
+
+        encoder = self.encoder
+        tasks = tasks_of(self, namespace)
+        active = sum(adapter.state == "active" for adapter in self.list(namespace=namespace))
+        found = calibrate_encoder(
+            encoder,
+            tasks,
+            false_abstain=false_abstain,
+            trained=frozenset(names_of("trained", trained)),
+            skipped=active - len(tasks),
+            seed=seed,
+        )
+        self._registry.keep_fit_rule(namespace, encoder.fingerprint, found.rule.as_text())
+        return found
+
+    def evaluate_retriever(
+        self,
+        questions: Sequence[Question],
+        *,
+        tasks: Sequence[Task] | None = None,
+        encoder: Reference | Encoder | None = None,
+        namespace: str | None = None,
+        trained: Iterable[str] = (),
+        rerank: bool | None = None,
+        seed: int = 0,
+    ) -> Evaluation:
+        """Measure how well the right adapter is found for each question; see ``retriever.evaluation``.
+
+        Args:
+            questions: prompts, each with the name of the adapter that is right for it.
+            tasks: what is searched; by default the adapters in service whose samples were kept.
+            encoder: another one than this hub's, to see what switching to it would bring; nothing is stored.
+            namespace: only this one's adapters; by default all.
+            trained: names of the tasks that the encoder was trained on; all others count as unseen.
+            rerank: whether the nearest are reranked by their words; by default as in searches.
+            seed: of the bootstrap behind the intervals.
+
+        Raises:
+            SamplesError: no adapter in service has samples that were kept.
+            ConfigurationError: no question, or one of a task that no adapter is for.
+            EmptyPromptError: a question without text.
+            ModelNotFoundError: no source has the encoder.
+        """
+        from lora_hub_sdk.retriever.evaluation import evaluate_retriever
+
+        return evaluate_retriever(
+            self.encoder if encoder is None else self._encoder.load(encoder),
+            tasks_of(self, namespace) if tasks is None else tasks,
+            questions,
+            trained=trained,
+            rerank=self._retriever.reranks if rerank is None and encoder is None else rerank,
+            seed=seed,
+        )
 
     # -- how text comes out -------------------------------------------------------------------------------------------
 

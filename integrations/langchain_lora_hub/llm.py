@@ -33,6 +33,7 @@ _ROUTING: Final = (
     "licenses",
     "scores",
     "min_trust",
+    "rerank",
     "adapter_tags",
 )
 _SAMPLING: Final = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
@@ -64,8 +65,9 @@ class LoraRetrieverLLM(BaseLLM):
     strategy: str = "mixture"
     k: int = 3
     weights: str = "uniform"
-    #: Hits below this cosine are dropped; a prompt that keeps none is answered by the base model.
-    min_score: float | None = None
+    #: Hits below this cosine are dropped; a prompt that keeps none is answered by the base model. "auto" drops those
+    #: below the bound that ``hub.calibrate`` found.
+    min_score: float | Literal["auto"] | None = None
     #: Names of registered adapters: pins the route and skips the search.
     adapters: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
@@ -77,6 +79,8 @@ class LoraRetrieverLLM(BaseLLM):
     scores: tuple[MinScore, ...] = ()
     #: "high" leaves out adapters whose vectors come from cards or guesses, "medium" guesses.
     min_trust: Trust = "low"
+    #: Whether the nearest adapters come in the order of their words too; None is what the hub was opened with.
+    rerank: bool | None = None
     #: "auto": the tokenizer's chat template where it has one. None: the prompt goes in as it is.
     template: Literal["auto", "chat", "alpaca"] | Callable[[str], str] | None = "auto"
     #: A prompt longer than the context loses its front ("cut") or is refused.

@@ -19,13 +19,16 @@ from lora_hub_sdk.cli.options import (
     BaseModelFilter,
     Database,
     Endpoint,
+    Floor,
     Index,
     LicenseFilter,
     Namespace,
     NearestCount,
+    Rerank,
     ScoreFilter,
     TagFilter,
     TrustFilter,
+    floor_of,
 )
 from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.types import DEFAULT_NAMESPACE, Completion, Hit, Route, Routing, Sampling
@@ -46,6 +49,7 @@ def search(
     licence: LicenseFilter = None,
     scored: ScoreFilter = None,
     min_trust: TrustFilter = "low",
+    rerank: Rerank = None,
     database: Database,
     index: Index,
     endpoint: Endpoint = None,
@@ -64,8 +68,12 @@ def search(
             licenses=licence or (),
             scores=scored or (),
             min_trust=min_trust,
+            rerank=rerank,
         )
-    data = [{"score": hit.score, "trust": hit.trust, "adapter": adapter_data(hit.adapter)} for hit in hits]
+    data = [
+        {"score": hit.score, "relevance": hit.relevance, "trust": hit.trust, "adapter": adapter_data(hit.adapter)}
+        for hit in hits
+    ]
     return Outcome(data, _hits_table(hits) if hits else Text("no adapters"))
 
 
@@ -76,12 +84,13 @@ def generate(
     strategy: Annotated[str, typer.Option(help="selection, mixture, fusion or base.")] = "mixture",
     k: NearestCount = 3,
     weights: Annotated[str, typer.Option(help="uniform or similarity.")] = "uniform",
-    min_score: Annotated[float | None, typer.Option(help="Drop adapters below this cosine.")] = None,
+    min_score: Floor = None,
     adapter: Annotated[list[str] | None, typer.Option(help="Use this one without a search; may be repeated.")] = None,
     tag: TagFilter = None,
     licence: LicenseFilter = None,
     scored: ScoreFilter = None,
     min_trust: TrustFilter = "low",
+    rerank: Rerank = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
@@ -111,13 +120,14 @@ def generate(
                 strategy,
                 k,
                 weights,
-                min_score,
+                floor_of(min_score),
                 adapters=tuple(adapter) if adapter else None,
                 namespace=namespace,
                 tags=tuple(tag or ()),
                 licenses=tuple(licence or ()),
                 scores=tuple(scored or ()),
                 min_trust=min_trust,
+                rerank=rerank,
             ),
             sampling=Sampling(max_new_tokens, temperature, seed=seed, stop=tuple(stop or ())),
             template=None if template == "none" else template,
@@ -178,7 +188,10 @@ def _answer(prompt: str, completion: Completion, *, alone: bool) -> Text:
 
 def _hits_table(hits: Sequence[Hit]) -> Table:
     table = Table()
+    reranked = any(hit.relevance is not None for hit in hits)
     table.add_column("score", justify="right")
+    if reranked:
+        table.add_column("relevance", justify="right")
     table.add_column("trust")
     table.add_column("name", overflow="fold")
     table.add_column("base model")
@@ -187,6 +200,7 @@ def _hits_table(hits: Sequence[Hit]) -> Table:
         adapter = hit.adapter
         table.add_row(
             f"{hit.score:.3f}",
+            *(["-" if hit.relevance is None else f"{hit.relevance:.2f}"] if reranked else []),
             hit.trust,
             Text(adapter.name),
             Text(adapter.base_model),

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import typer
 
-from lora_hub_sdk.cli import adapters, answers, database, demo, discovery, history, lifecycle, registration
+from lora_hub_sdk.cli import (
+    adapters,
+    answers,
+    calibration,
+    database,
+    demo,
+    discovery,
+    encoder,
+    history,
+    lifecycle,
+    registration,
+    retrieval,
+    training,
+)
 
 app = typer.Typer(
     name="lora-hub",
@@ -14,7 +27,21 @@ app = typer.Typer(
     # A traceback of ours is for bug reports; locals in it could hold prompts and tokens.
     pretty_exceptions_show_locals=False,
 )
-for commands in (demo, discovery, registration, adapters, answers, history, lifecycle, database):
+groups = (
+    demo,
+    discovery,
+    registration,
+    adapters,
+    answers,
+    retrieval,
+    training,
+    calibration,
+    encoder,
+    history,
+    lifecycle,
+    database,
+)
+for commands in groups:
     commands.add_to(app)
 
 

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from lora_hub_sdk.config import default_database, default_index
+from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.types import MinScore, Trust
+
+
+def floor_of(given: str | None) -> float | Literal["auto"] | None:
+    """What ``Floor`` holds; typer itself knows no unions.
+
+    Raises:
+        ConfigurationError: neither a number nor auto.
+    """
+    if given is None:
+        return None
+    if given == "auto":
+        return "auto"
+    try:
+        return float(given)
+    except ValueError:
+        raise ConfigurationError(f"--min-score {given!r}: expected a number from -1 to 1, or auto") from None
 
 
 def _min_score(given: str | MinScore) -> MinScore:
@@ -86,6 +103,22 @@ TrustFilter = Annotated[
     typer.Option(
         "--min-trust",
         help="high: only vectors of given samples; medium: also of the card's examples; low: guesses too.",
+    ),
+]
+Floor = Annotated[
+    str | None,
+    typer.Option(
+        "--min-score",
+        metavar="COSINE|auto",
+        help="Drop adapters below this cosine; auto: those that do not fit, as lora-hub calibrate found.",
+    ),
+]
+Rerank = Annotated[
+    bool | None,
+    typer.Option(
+        "--rerank/--no-rerank",
+        help="Put the nearest in order by their samples' words too; by default as the encoder says.",
+        show_default=False,
     ),
 ]
 NearestCount = Annotated[int, typer.Option("-k", help="How many adapters to retrieve for a prompt.")]

@@ -178,6 +178,21 @@ def test_what_is_given_for_one_call_is_part_of_the_caches_key(pool: LoraHub, bas
         assert asyncio.run(llm.ainvoke("Say something", **call)) == plain.invoke("Say something", **call)
 
 
+def test_an_answer_does_not_outlive_a_change_of_reranking(pool: LoraHub, base: Path) -> None:
+    engine = pool.engine(base)
+    llm = LoraRetrieverLLM(hub=pool, base_model=str(base), max_new_tokens=2, cache=InMemoryCache())
+    for rerank in (None, True, False):
+        other = llm.model_copy(update={"rerank": rerank})
+        before = engine.batches
+        other.invoke("Add 3 and 4")
+        assert engine.batches == before + 1
+        other.invoke("Add 3 and 4")
+        llm.invoke("Add 3 and 4", rerank=rerank)
+        assert engine.batches == before + 1
+    with pytest.raises(ConfigurationError, match="rerank"):
+        llm.invoke("Add 3 and 4", rerank="no")
+
+
 def test_the_config_of_a_call_sets_its_namespace(pool: LoraHub, base: Path, tmp_path: Path) -> None:
     for seed, namespace in enumerate(("ann", "bob")):
         folder = tiny_adapter(tmp_path / namespace, base, seed=20 + seed)
