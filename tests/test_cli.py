@@ -28,7 +28,7 @@ from lora_hub_sdk.testing.tiny import tiny_adapter, tiny_base
 DATES = ("Convert this date to ISO: 3 May 1968", "Write 1 June 2001 as YYYY-MM-DD")
 MOODS = ("Is this review positive or negative? I loved it", "Sentiment of: the food was awful")
 #: Commands that take --endpoint.
-ASKING = {"discover", "inspect", "register", "update", "search", "generate", "verify", "reindex"}
+ASKING = {"discover", "inspect", "register", "update", "search", "generate", "verify", "reindex", "switch-encoder"}
 FAST = ("--max-new-tokens", "4", "--strategy", "mixture", "-k", "2")
 
 
@@ -427,6 +427,20 @@ def test_search_finds_the_adapter_whose_samples_are_alike(filled: Setup) -> None
     assert "moods" not in shown.stdout
 
 
+def test_search_tells_the_relevance_where_words_put_in_order(filled: Setup) -> None:
+    prompt = "Convert this date to ISO: 9 July 1980"
+    plain = filled.json("search", prompt, "--no-rerank")
+    assert [hit["relevance"] for hit in plain] == [None] * len(plain)
+    reranked = filled.json("search", prompt, "--rerank")
+    assert {hit["adapter"]["name"]: hit["score"] for hit in reranked} == {
+        hit["adapter"]["name"]: hit["score"] for hit in plain
+    }
+    assert reranked[0]["adapter"]["name"] == "dates"
+    assert reranked[0]["relevance"] > reranked[1]["relevance"]
+    assert "relevance" in filled.run("search", prompt, "--rerank").stdout
+    assert "relevance" not in filled.run("search", prompt).stdout
+
+
 def test_search_takes_only_what_its_filters_let_through(own: Setup) -> None:
     own.json("score", "dates", "glue/dates", "exact match", "0.5")
     for options, names in (
@@ -539,6 +553,24 @@ def test_a_missing_database_is_an_error_and_stays_missing(filled: Setup, tmp_pat
         assert result.exit_code == 1
         assert "does not exist" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_switch_encoder_embeds_all_and_other_commands_follow(own: Setup) -> None:
+    before = own.json("search", "a date", "-k", "2")
+    switch = ("switch-encoder", "all-minilm-l6-v2", "--instruction", "Find: ", "--offline")
+    told = own.json(*switch)
+    assert (told["encoder"], told["embedded"]) == ("sentence-transformers/all-MiniLM-L6-v2", 2)
+    after = own.json("search", "a date", "-k", "2")
+    assert [hit["adapter"]["name"] for hit in after] == [hit["adapter"]["name"] for hit in before] == ["dates", "moods"]
+    assert [hit["score"] for hit in after] != pytest.approx([hit["score"] for hit in before], abs=1e-3)
+    assert own.json("verify")["unembedded"] == []
+    assert "0 adapters were embedded" in own.run(*switch).stdout
+    event = own.json("events", "--limit", "1")[0]
+    assert (event["action"], event["detail"]["encoder"]) == ("switched", told["fingerprint"])
+    error, message = own.error("switch-encoder", "no/such-encoder", "--offline")
+    assert error == "ModelNotFoundError"
+    assert "no/such-encoder" in message
+    assert own.json("search", "a date", "-k", "2") == after
 
 
 def test_verify_and_reindex(own: Setup, encoder: SentenceEncoder) -> None:

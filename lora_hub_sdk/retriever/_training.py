@@ -6,7 +6,6 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +21,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
 from lora_hub_sdk.retriever.left_out import leave_one_out
+from lora_hub_sdk.retriever.training_report import Course
 
 if TYPE_CHECKING:
     from lora_hub_sdk.retriever.pairs import Pair
@@ -36,17 +36,6 @@ _METRIC: Final = "eval_mrr"
 _DIRECTIONS: Final = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """A trained model, and how it came about."""
-
-    model: Any
-    steps: int
-    best_step: int
-    seconds: float
-    losses: tuple[float, ...]
-
-
 def run(
     recipe: RetrieverTrainer,
     start: Path,
@@ -54,8 +43,11 @@ def run(
     trained: Sequence[Task],
     held_out: Sequence[Task],
     checkpoints: Path,
-) -> Outcome:
-    """Train, from the last checkpoint where there is one. The caller's random states stay as they are."""
+) -> tuple[Any, Course]:
+    """The trained model, and how it came about: from the last checkpoint on, where there is one.
+
+    The caller's random states stay as they are.
+    """
     began = time.monotonic()
     model = SentenceTransformer(str(start), device=recipe.device, local_files_only=True)
     most = model.max_seq_length
@@ -108,8 +100,7 @@ def run(
     model.max_seq_length = most
     model.prompts = {PROMPT_NAME: recipe.instruction}
     best = trainer.state.best_model_checkpoint
-    return Outcome(
-        model=model,
+    return model, Course(
         steps=trainer.state.global_step,
         best_step=int(best.rpartition("-")[2]) if best else trainer.state.global_step,
         seconds=time.monotonic() - began,

@@ -23,14 +23,14 @@ from lora_hub_sdk.retriever.left_out import leave_one_out
 from lora_hub_sdk.retriever.pairs import distinct, plan_steps
 from lora_hub_sdk.retriever.settings import INSTRUCTION, RetrieverSettings, write_settings
 from lora_hub_sdk.retriever.tasks import Task, TaskSource, read_tasks, split_tasks, tasks_of
-from lora_hub_sdk.retriever.training_report import REPORT_FILE, TrainingReport, write_card
+from lora_hub_sdk.retriever.training_report import REPORT_FILE, Course, TrainingReport, write_card
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Reference = str | os.PathLike[str]
 _CHECKPOINTS: Final = "checkpoints"
-#: Tells, while a training runs, which one it is.
+#: Tells, until the report is written, which training it is and, once that ended, how it went.
 _STARTED_FILE: Final = ".training"
 #: Where ``steps`` is left to the number of texts.
 _FEWEST_STEPS: Final = 60
@@ -154,11 +154,45 @@ class RetrieverTrainer:
         digest = self._digest(before.fingerprint, tasks, fraction)
         if _is_finished(folder, digest):
             return TrainingReport.read(folder)
-        _begin(folder, digest)
+        course = _begin(folder, digest)
+        vectors = {task.name: before.encode(task.inputs) for task in tasks}
+        if course is None:
+            course = self._train(start.folder, trained, held_out, vectors, folder)
+            _note(folder, digest, course)
+        # They hold weights, and a fingerprint is of all weights in a folder.
+        shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
+        after = SentenceEncoder(ResolvedModel(str(folder), folder, "path"), device=self.device)
+        moved = {task.name: after.encode(task.inputs) for task in tasks}
+        known, fresh = [task.name for task in drawn], [task.name for task in unseen]
+        report = TrainingReport(
+            folder=folder,
+            fingerprint=after.fingerprint,
+            encoder=start.folder.name if start.source == "path" else start.id,
+            trained=tuple(task.name for task in trained),
+            held_out=tuple(task.name for task in held_out),
+            unseen=tuple(fresh),
+            texts=sum(len(task.inputs) for task in trained),
+            **asdict(course),
+            before=leave_one_out(vectors, known),
+            after=leave_one_out(moved, known),
+            unseen_before=leave_one_out(vectors, fresh),
+            unseen_after=leave_one_out(moved, fresh),
+        )
+        write_card(report, asdict(self))
+        report.write(digest)
+        (folder / _STARTED_FILE).unlink(missing_ok=True)
+        return report
 
+    def _train(
+        self,
+        start: Path,
+        trained: Sequence[Task],
+        held_out: Sequence[Task],
+        vectors: Mapping[str, NDArray[np.float32]],
+        folder: Path,
+    ) -> Course:
         from lora_hub_sdk.retriever._training import run
 
-        vectors = {task.name: before.encode(task.inputs) for task in tasks}
         planned = plan_steps(
             trained,
             steps=self.steps or self._steps(trained),
@@ -167,33 +201,13 @@ class RetrieverTrainer:
             hard=self.hard,
             seed=self.seed,
         )
-        outcome = run(self, start.folder, planned, trained, held_out, folder / _CHECKPOINTS)
-        outcome.model.save_pretrained(str(folder), create_model_card=False)
-        _open_to_readers(folder)
+        model, course = run(self, start, planned, trained, held_out, folder / _CHECKPOINTS)
+        model.save_pretrained(str(folder), create_model_card=False)
+        # Weights are written readable by their owner alone; they get the mode of the files beside them.
+        for file in folder.glob("*.safetensors"):
+            file.chmod((folder / "config.json").stat().st_mode)
         write_settings(folder, RetrieverSettings(instruction=self.instruction, rerank=True))
-        after = SentenceEncoder(ResolvedModel(str(folder), folder, "path"), device=self.device)
-        moved = {task.name: after.encode(task.inputs) for task in tasks}
-        known, fresh = [task.name for task in drawn], [task.name for task in unseen]
-        report = TrainingReport(
-            folder=folder,
-            fingerprint=after.fingerprint,
-            encoder=start.id,
-            trained=tuple(task.name for task in trained),
-            held_out=tuple(task.name for task in held_out),
-            unseen=tuple(fresh),
-            texts=sum(len(task.inputs) for task in trained),
-            steps=outcome.steps,
-            best_step=outcome.best_step,
-            seconds=outcome.seconds,
-            losses=outcome.losses,
-            before=leave_one_out(vectors, known),
-            after=leave_one_out(moved, known),
-            unseen_before=leave_one_out(vectors, fresh),
-            unseen_after=leave_one_out(moved, fresh),
-        )
-        write_card(report, asdict(self))
-        _finish(folder, digest, report)
-        return report
+        return course
 
     def _hold_out(self, tasks: list[Task]) -> tuple[list[Task], list[Task]]:
         """Tasks to train on, and those to stop early by; the latter have texts enough to search with."""
@@ -241,31 +255,29 @@ def _is_finished(folder: Path, digest: str) -> bool:
     return True
 
 
-def _begin(folder: Path, digest: str) -> None:
-    """Take the folder for this training; what a killed run of the same left there is gone on with."""
+def _begin(folder: Path, digest: str) -> Course | None:
+    """Take the folder for this training, and say how it went where a run ended training, but not its report."""
     folder.mkdir(parents=True, exist_ok=True)
     started = folder / _STARTED_FILE
-    if started.is_file():
-        if started.read_text("utf-8") != digest:
-            raise ConfigurationError(
-                f"output_dir {str(folder)!r} holds another training that was not finished; finish it with the same "
-                "arguments, choose another folder, or remove it"
-            )
-    elif any(folder.iterdir()):
-        raise ConfigurationError(f"output_dir {str(folder)!r} is not empty; choose a new folder")
-    else:
-        started.write_text(digest, "utf-8")
+    if not started.is_file():
+        if any(folder.iterdir()):
+            raise ConfigurationError(f"output_dir {str(folder)!r} is not empty; choose a new folder")
+        _note(folder, digest, None)
+        return None
+    try:
+        held = json.loads(started.read_text("utf-8"))
+        mine, course = held["digest"] == digest, held["course"]
+    except (ValueError, KeyError, TypeError):
+        mine, course = False, None
+    if not mine:
+        raise ConfigurationError(
+            f"output_dir {str(folder)!r} holds another training that was not finished; finish it with the same "
+            "arguments, choose another folder, or remove it"
+        )
+    return None if course is None else Course(**{**course, "losses": tuple(course["losses"])})
 
 
-def _open_to_readers(folder: Path) -> None:
-    """Weights are written readable by their owner alone; they get the mode of the files beside them."""
-    for file in folder.glob("*.safetensors"):
-        file.chmod((folder / "config.json").stat().st_mode)
-
-
-def _finish(folder: Path, digest: str, report: TrainingReport) -> None:
-    temporary = folder / f".{REPORT_FILE}"
-    temporary.write_text(json.dumps({"digest": digest, "report": report.as_dict()}, indent=2) + "\n", "utf-8")
-    os.replace(temporary, folder / REPORT_FILE)
-    (folder / _STARTED_FILE).unlink(missing_ok=True)
-    shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
+def _note(folder: Path, digest: str, course: Course | None) -> None:
+    temporary = folder / f"{_STARTED_FILE}-{os.getpid()}"
+    temporary.write_text(json.dumps({"digest": digest, "course": course and asdict(course)}), "utf-8")
+    os.replace(temporary, folder / _STARTED_FILE)

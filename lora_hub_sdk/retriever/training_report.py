@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,13 +15,25 @@ REPORT_FILE: Final = "training.json"
 
 
 @dataclass(frozen=True, slots=True)
+class Course:
+    """How a training went.
+
+    ``best_step`` is the one whose weights were kept; ``losses`` are means from one check to the next.
+    """
+
+    steps: int
+    best_step: int
+    seconds: float
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingReport:
     """What was trained on what, and what came of it.
 
     ``before`` and ``after`` tell how the samples of the drawn tasks found their adapters among all tasks given,
     ``unseen_before`` and ``unseen_after`` those of the tasks that were not drawn; None where no sample could search.
-    ``held_out`` tasks were drawn to stop early by. ``best_step`` is the one whose weights were kept; ``losses`` are
-    means over the steps between two checks.
+    ``held_out`` tasks were drawn to stop early by.
     """
 
     folder: Path
@@ -42,6 +55,14 @@ class TrainingReport:
     def as_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return {**asdict(self), "folder": str(self.folder)}
+
+    def write(self, digest: str) -> None:
+        """Keep it in the folder, which is complete by that; ``digest`` is of what the training was asked for."""
+        # Without its place, which is nobody's business once the folder is published.
+        told = {name: value for name, value in self.as_dict().items() if name != "folder"}
+        temporary = self.folder / f".{REPORT_FILE}"
+        temporary.write_text(json.dumps({"digest": digest, "report": told}, indent=2) + "\n", "utf-8")
+        os.replace(temporary, self.folder / REPORT_FILE)
 
     @classmethod
     def read(cls, folder: Path) -> TrainingReport:

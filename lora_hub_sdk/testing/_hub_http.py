@@ -5,6 +5,8 @@ The real Hub is the reference: status codes, headers and JSON fields are the one
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import sys
@@ -26,6 +28,10 @@ _ROUTES: Final = (
     ("repo_info", re.compile(rf"/api/{_KIND}/{_REPO}/revision/(?P<revision>[^/]+)")),
     ("tree", re.compile(rf"/api/{_KIND}/{_REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.*))?")),
     ("paths_info", re.compile(rf"/api/{_KIND}/{_REPO}/paths-info/(?P<revision>[^/]+)")),
+    ("preupload", re.compile(rf"/api/{_KIND}/{_REPO}/preupload/(?P<revision>[^/]+)")),
+    ("commit", re.compile(rf"/api/{_KIND}/{_REPO}/commit/(?P<revision>[^/]+)")),
+    ("create_repo", re.compile("/api/repos/create")),
+    ("validate_yaml", re.compile("/api/validate-yaml")),
     ("repo_info", re.compile(rf"/api/{_KIND}/{_REPO}")),
     # Before the models, among which "datasets" would be an owner.
     ("resolve", re.compile(rf"/(?P<kind>datasets)/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")),
@@ -181,6 +187,69 @@ class Handler(BaseHTTPRequestHandler):
         keep = self.hub.truncation(repo, kind, path) if self.command == "GET" else None
         self._send_file(file, commit.sha, keep)
 
+    # -- uploads ---------------------------------------------------------------------------------------------
+
+    def _create_repo(self) -> None:
+        self._require_right()
+        asked = json.loads(self._body)
+        repo_id = "/".join(part for part in (asked.get("organization"), asked["name"]) if part)
+        kind = f"{asked.get('type', 'model')}s"
+        self.hub.meet_faults(repo_id, kind)
+        url = f"{self.hub.url}/{repo_id if kind == 'models' else f'{kind}/{repo_id}'}"
+        if not self.hub.create(repo_id, kind, private=asked.get("visibility") == "private"):
+            self._send_json({"error": f"You already created this {kind[:-1]} repo", "url": url}, 409)
+            return
+        self._send_json({"url": url, "name": repo_id})
+
+    def _validate_yaml(self) -> None:
+        self._send_json({"errors": [], "warnings": []})
+
+    def _preupload(self, kind: str, repo: str, revision: str) -> None:
+        """Every file is wanted within the commit, however large, so that there is no server of LFS or Xet files."""
+        self._require_right()
+        _, commit = self._open(repo, revision, kind)
+        asked = [file["path"] for file in json.loads(self._body)["files"]]
+        self._send_json(
+            {
+                "files": [
+                    {"path": path, "uploadMode": "regular", "shouldIgnore": False, "oid": _git_oid(commit, path)}
+                    for path in asked
+                ]
+            }
+        )
+
+    def _commit(self, kind: str, repo: str, revision: str) -> None:
+        self._require_right()
+        found, commit = self._open(repo, revision, kind)
+        if revision not in found.branches:
+            raise HubError(404, "Invalid rev id", "RevisionNotFound")
+        changes: dict[str, bytes | None] = {}
+        for operation in map(json.loads, self._body.strip().split("\n")):
+            told = operation["value"]
+            match operation["key"]:
+                case "header":
+                    if told.get("parentCommit", commit.sha) != commit.sha:
+                        raise HubError(412, "A commit has happened since. Please refresh and try again.")
+                case "file":
+                    changes[told["path"]] = base64.b64decode(told["content"])
+                case "deletedFile" | "deletedFolder":
+                    below = told["path"].rstrip("/") + "/"
+                    gone = [path for path in commit.files if path == told["path"] or path.startswith(below)]
+                    if not gone:
+                        raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
+                    changes |= dict.fromkeys(gone)
+                case other:
+                    raise HubError(400, f"This Hub takes no {other}")
+        sha = self.hub.change(found, revision, changes)
+        self._send_json({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo}/commit/{sha}"})
+
+    def _require_right(self) -> None:
+        if not self._is_authorized():
+            given = "Authorization" in self.headers
+            raise HubError(
+                401, "Invalid credentials in Authorization header" if given else "Invalid username or password."
+            )
+
     def _open(self, repo_id: str, revision: str, kind: str, path: str | None = None) -> tuple[Repo, Commit]:
         self.hub.meet_faults(repo_id, kind, path)
         repo = self.hub.repo(repo_id, kind)
@@ -309,6 +378,14 @@ def _tree_entries(files: Mapping[str, StoredFile], below: str, *, recursive: boo
 def _parents(path: str, below: str) -> list[str]:
     steps: Iterable[re.Match[str]] = re.finditer("/", path[len(below) :])
     return [path[: len(below) + step.start()] for step in steps]
+
+
+def _git_oid(commit: Commit, path: str) -> str | None:
+    """Of the content itself, by which the client knows what it need not send again; None for a new file."""
+    file = commit.files.get(path)
+    if file is None:
+        return None
+    return hashlib.sha1(b"blob %d\0" % file.size + file.content.read_bytes()).hexdigest()
 
 
 def _file_entry(path: str, file: StoredFile) -> dict[str, Any]:

@@ -106,9 +106,9 @@ def store_folder(folder: Path, blobs: Path) -> dict[str, StoredFile]:
     return {path.relative_to(folder).as_posix(): _store(path, blobs) for path in _regular_files(folder)}
 
 
-def store_bytes(content: bytes, blobs: Path) -> StoredFile:
-    """Keep content that comes from no folder."""
-    draft = blobs / "draft"
+def store_bytes(content: bytes, blobs: Path, suffix: str = "") -> StoredFile:
+    """Keep content that comes from no folder; the suffix tells what git would send through LFS."""
+    draft = blobs / f"draft{suffix}"
     draft.write_bytes(content)
     return _store(draft, blobs)
 

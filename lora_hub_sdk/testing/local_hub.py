@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self
 
@@ -21,6 +21,7 @@ from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.testing._hub_http import Handler, HubError, Server
 from lora_hub_sdk.testing._hub_store import Repo, store_bytes, store_folder
 
+_ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 _REPO_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*", re.ASCII)
 
 
@@ -41,13 +42,13 @@ class LocalHub:
 
     Every ``<owner>/<name>`` folder below ``folder`` is published as branch "main" when the server starts, and
     more can be published at any time. Content is copied, so older revisions stay served whatever happens to
-    the folders. ``token`` opens private and gated repositories; with None nothing does. A listing comes in pages
-    of at most ``page_size`` repositories. Where a repository is named to ``fail`` or ``truncate``, a dataset is
-    "datasets/<owner>/<name>". Thread-safe.
+    the folders. ``token`` opens private and gated repositories, and lets clients push; with None nothing does. A
+    listing comes in pages of at most ``page_size`` repositories. Where a repository is named to ``fail`` or
+    ``truncate``, a dataset is "datasets/<owner>/<name>". Thread-safe.
 
-    Inside ``with LocalHub(folder) as hub``, clients read from it by ``endpoint=hub.url``. It differs from the
-    real Hub in two ways: an unknown repository is a 404 also for callers without a token (there: 401), and LFS
-    files come from the same host instead of a CDN.
+    Inside ``with LocalHub(folder) as hub``, clients use it by ``endpoint=hub.url``. It differs from the real Hub in
+    three ways: an unknown repository is a 404 also for callers without a token (there: 401), LFS files come from the
+    same host instead of a CDN, and files of any size are pushed within the commit.
     """
 
     def __init__(self, folder: Path | None = None, *, token: str | None = None, page_size: int = 1000) -> None:
@@ -255,6 +256,28 @@ class LocalHub:
     def repo(self, repo_id: str, kind: str) -> Repo | None:
         with self._lock:
             return self._repos.get(_key(repo_id, kind))
+
+    def create(self, repo_id: str, kind: str, *, private: bool) -> bool:
+        """Make a repository with the one file that the real Hub puts there; False where it is already."""
+        if kind not in ("models", "datasets") or not _REPO_ID.fullmatch(repo_id):
+            raise HubError(400, f"{kind[:-1]} {repo_id!r} cannot be created")
+        with self._lock:
+            if _key(repo_id, kind) in self._repos:
+                return False
+            repo = Repo(repo_id, kind, private)
+            repo.commit({".gitattributes": store_bytes(_ATTRIBUTES, self._blobs)}, "main")
+            self._repos[_key(repo_id, kind)] = repo
+        return True
+
+    def change(self, repo: Repo, branch: str, changes: Mapping[str, bytes | None]) -> str:
+        """Commit new contents of files, or None for those that go, on top of a branch; its 40 hex digits."""
+        with self._lock:
+            parent = repo.commits[repo.branches[branch]]
+            files = {path: file for path, file in parent.files.items() if path not in changes}
+            for path, content in changes.items():
+                if content is not None:
+                    files[path] = store_bytes(content, self._blobs, PurePosixPath(path).suffix)
+            return repo.commit(files, branch).sha
 
     def meet_faults(self, repo_id: str | None = None, kind: str = "models", path: str | None = None) -> None:
         key = None if repo_id is None else _key(repo_id, kind)

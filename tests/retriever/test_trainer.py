@@ -89,6 +89,8 @@ def test_the_card_tells_settings_and_scores_and_no_text(tiny: Path, tmp_path: Pa
     every = "".join(file.read_text("utf-8", "ignore") for file in report.folder.rglob("*.*") if file.is_file())
     for task in TASKS:
         assert not any(text in every for text in task.inputs)
+    assert str(tmp_path) not in every
+    assert str(tiny) not in every
 
 
 def test_the_settings_of_a_trained_folder_are_those_of_the_training(tiny: Path, tmp_path: Path) -> None:
@@ -124,6 +126,23 @@ def test_a_training_that_ended_is_not_repeated(tiny: Path, tmp_path: Path) -> No
     assert trainer(tiny).fit_tasks(TASKS, output_dir=tmp_path / "out") == first
     assert TrainingReport.read(tmp_path / "out") == first
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_run_that_was_killed_before_its_report_does_not_train_again(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lora_hub_sdk.retriever.trainer.write_card", die)
+        with pytest.raises(KeyboardInterrupt):
+            trainer(tiny).fit_tasks(TASKS, output_dir=tmp_path / "out")
+    written = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    report = trainer(tiny).fit_tasks(TASKS, output_dir=tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == written
+    assert report.losses
+    assert report == TrainingReport.read(tmp_path / "out")
 
 
 @pytest.mark.parametrize("changed", [{"seed": 9}, {"steps": 13}, {"temperature": 0.1}])
@@ -212,7 +231,7 @@ def test_rows_of_a_file_and_adapters_of_a_hub_train_alike(
     for number, task in enumerate(TASKS):
         folder = tiny_adapter(tmp_path / "adapters" / task.name, base, seed=number)
         hub.register(folder, base_model=base, samples=task.inputs, tags=["domain:d"])
-    options = {"steps": 12, "check_every": 4, "learning_rate": 3e-3, "max_tokens": 128, "device": "cpu"}
+    options: dict[str, Any] = {"steps": 12, "check_every": 4, "learning_rate": 3e-3, "max_tokens": 128, "device": "cpu"}
     from_hub = hub.train_retriever(output_dir=tmp_path / "hub", fraction=0.5, encoder=tiny, **options)
     # A hub lists adapters by name, so the plan of the steps is another one.
     assert set(from_hub.trained) == set(from_file.trained)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -393,6 +394,92 @@ def test_faults_and_gates_of_datasets_are_their_own(hub: LocalHub, api: HfApi, t
     assert [httpx.get(url, headers=opened).status_code for _ in range(2)] == [503, 200]
     assert httpx.get(url).status_code == 401
     assert resolve(hub, "README.md").status_code == 200
+
+
+# -- uploads -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def writer(hub: LocalHub) -> HfApi:
+    return HfApi(endpoint=hub.url, token="hf_secret")
+
+
+def test_a_pushed_repository_is_served_as_any_other(hub: LocalHub, api: HfApi, writer: HfApi, tmp_path: Path) -> None:
+    assert writer.create_repo("bob/new").repo_id == "bob/new"
+    assert api.list_repo_files("bob/new") == [".gitattributes"]
+    commit = writer.upload_folder(repo_id="bob/new", folder_path=fill(tmp_path / "folder")).oid
+    assert api.model_info("bob/new").sha == commit
+    folder = Path(snapshot_download("bob/new", endpoint=hub.url, cache_dir=tmp_path / "cache"))
+    assert (folder / "notes" / "log.txt").read_bytes() == b"0123456789"
+    assert (folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
+    pushed, published = api.model_info("bob/new", files_metadata=True), api.model_info(REPO, files_metadata=True)
+    assert [file for file in pushed.siblings or () if file.rfilename != ".gitattributes"] == published.siblings
+    assert pushed.tags == published.tags
+
+
+def test_what_did_not_change_is_not_sent_again(hub: LocalHub, writer: HfApi, tmp_path: Path) -> None:
+    before = writer.model_info(REPO).sha
+    folder = fill(tmp_path / "folder")
+    assert writer.upload_folder(repo_id=REPO, folder_path=folder).oid == before
+    fill(folder, weights=b"other")
+    after = writer.upload_folder(repo_id=REPO, folder_path=folder).oid
+    assert writer.model_info(REPO).sha == after != before
+    assert writer.list_repo_files(REPO) == writer.list_repo_files(REPO, revision=before)
+
+
+def test_files_and_folders_are_deleted(writer: HfApi) -> None:
+    writer.delete_folder("notes", REPO)
+    writer.delete_file("README.md", REPO)
+    assert writer.list_repo_files(REPO) == ["adapter_config.json", "adapter_model.safetensors"]
+    with pytest.raises(RemoteEntryNotFoundError):
+        writer.delete_file("README.md", REPO)
+
+
+def test_a_repository_is_created_once(hub: LocalHub, api: HfApi, writer: HfApi) -> None:
+    writer.create_repo("bob/secret", private=True)
+    with pytest.raises(HfHubHTTPError, match="already created"):
+        writer.create_repo("bob/secret")
+    assert writer.create_repo("bob/secret", exist_ok=True).repo_id == "bob/secret"
+    assert writer.model_info("bob/secret").private
+    with pytest.raises(RepositoryNotFoundError):
+        api.model_info("bob/secret")
+    writer.create_repo(REPO, repo_type="dataset")
+    assert [found.id for found in api.list_datasets()] == [REPO]
+    with pytest.raises(HfHubHTTPError, match="cannot be created"):
+        writer.create_repo("bob/room", repo_type="space", space_sdk="static")
+
+
+@pytest.mark.parametrize("token", [False, "hf_wrong"])
+def test_nobody_writes_without_the_token(hub: LocalHub, tmp_path: Path, token: str | bool) -> None:
+    stranger, before = HfApi(endpoint=hub.url, token=token), hub.requests
+    with pytest.raises(HfHubHTTPError) as caught:
+        stranger.create_repo("bob/new")
+    assert caught.value.response.status_code == 401
+    with pytest.raises(HfHubHTTPError) as caught:
+        stranger.upload_file(path_or_fileobj=b"x", path_in_repo="x.txt", repo_id=REPO)
+    assert caught.value.response.status_code == 401
+    assert not [path for _, path in hub.requests[len(before) :] if "/commit/" in path]
+    url = f"{hub.url}/api/models/{REPO}/commit/main"
+    assert httpx.post(url, content='{"key": "header", "value": {}}').status_code == 401
+
+
+def test_a_hub_without_a_token_takes_no_upload(tmp_path: Path) -> None:
+    with LocalHub() as hub, pytest.raises(HfHubHTTPError, match="Invalid credentials"):
+        HfApi(endpoint=hub.url, token="hf_any").create_repo("bob/new")
+
+
+def test_a_commit_on_what_is_not_there_any_more_is_refused(hub: LocalHub, writer: HfApi, tmp_path: Path) -> None:
+    before = writer.model_info(REPO).sha
+    hub.publish(REPO, fill(tmp_path / "moved", weights=b"moved"))
+
+    def push(**options: Any) -> None:
+        writer.upload_file(path_or_fileobj=b"x", path_in_repo="x.txt", repo_id=REPO, **options)
+
+    with pytest.raises(HfHubHTTPError, match="A commit has happened since"):
+        push(parent_commit=before)
+    for revision in ("nowhere", before):
+        with pytest.raises(RevisionNotFoundError):
+            push(revision=revision)
 
 
 # -- what changes and what deceives --------------------------------------------------------------------------
