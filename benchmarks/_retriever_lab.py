@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from lora_hub_sdk.models import ResolvedModel, resolve_model
 from lora_hub_sdk.retriever.encoder import Encoder, SentenceEncoder
 from lora_hub_sdk.retriever.tasks import Task
-from lora_hub_sdk.retriever.trainer import REPORT_FILE, RetrieverTrainer
+from lora_hub_sdk.retriever.trainer import RetrieverTrainer
+from lora_hub_sdk.retriever.training_report import REPORT_FILE
 
 Matrix = NDArray[np.float32]
 

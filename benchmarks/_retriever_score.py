@@ -63,7 +63,7 @@ class Pool:
 
     def cosines(self) -> Scores:
         """(questions, adapters)."""
-        return np.round((self.prompts @ self.vectors.T).astype(np.float64), _DIGITS)
+        return np.asarray(np.round(self.prompts @ self.vectors.T, _DIGITS), dtype=np.float64)
 
     def reranked(self, scores: Scores | None = None) -> Scores:
         """As ``scores``, by default the cosines, but for the nearest of each question, which words put in order."""

@@ -20,8 +20,8 @@ from lora_hub_sdk.testing import LocalHub
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-#: Set-up and long jobs, which CI runs as a whole, or which take minutes by design.
-NOT_HERE = re.compile(r"make |pip |python -m benchmarks|.*demo\.training|lora-hub demo")
+#: Set-up and long jobs, which CI runs as a whole, or which take minutes by design; and what needs a token.
+NOT_HERE = re.compile(r"make |pip |python -m benchmarks|.*demo\.training|lora-hub demo|lora-hub push-retriever")
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -296,7 +296,7 @@ class SqlStore(SqlQueries):
             ConflictError: some adapter, in service or not, has none; nothing was written.
         """
         with self._change() as change:
-            session, before = change.session, read_encoder(change.session)
+            session, old = change.session, read_encoder(change.session)
             waiting = list(session.scalars(select(AdapterRow.name).where(lacks(record.fingerprint)).limit(3)))
             if waiting:
                 raise ConflictError(
@@ -304,9 +304,8 @@ class SqlStore(SqlQueries):
                     "switch again"
                 )
             session.merge(MetaRow(key=ENCODER, value=record.as_text()))
-            change.note_registry(
-                "switched", "", record.name, before=before and before.fingerprint, encoder=record.fingerprint
-            )
+            before = None if old is None else old.fingerprint
+            change.note_registry("switched", "", record.name, before=before, encoder=record.fingerprint)
 
     def keep_fit_rule(self, namespace: str, encoder: str, rule: str) -> None:
         """Keep from which score on adapters of a namespace fit, under an encoder, in place of an earlier rule."""

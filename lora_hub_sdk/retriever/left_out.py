@@ -60,9 +60,11 @@ def leave_one_out(
         scores[own] = _units((sums[own] - sample)[None])[0] @ sample
         # A little slack: rounding shall not decide between two adapters of the same samples.
         ranks[number] = np.count_nonzero(scores >= scores[own] - 1e-7)
-    return LeftOut(len(rows), *(float(np.mean(ranks <= k)) for k in (1, 3, 5)), float(np.mean(1 / ranks)))
+    first, three, five = (float(np.mean(ranks <= k)) for k in (1, 3, 5))
+    return LeftOut(len(rows), first, three, five, float(np.mean(1 / ranks)))
 
 
 def _units(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.maximum(lengths, 1e-12)
+    units: NDArray[np.float64] = rows / np.maximum(lengths, 1e-12)
+    return units
