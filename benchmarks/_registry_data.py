@@ -16,8 +16,10 @@ from sqlalchemy import Engine, insert, select, update
 from lora_hub_sdk.registry.adapter_config import AdapterConfig
 from lora_hub_sdk.registry.admission import Admitted
 from lora_hub_sdk.registry.index import Vector
+from lora_hub_sdk.registry.queries import ENCODER as ACTIVE
 from lora_hub_sdk.registry.queries import VERSION
 from lora_hub_sdk.registry.records import (
+    EncoderRecord,
     Registration,
     Representation,
     adapter_row,
@@ -124,6 +126,9 @@ def insert_in_bulk(engine: Engine, registrations: Iterable[Registration], actor:
             for table, values in rows.items():
                 connection.execute(insert(table), values)
         connection.execute(update(MetaRow).where(MetaRow.key == VERSION).values(value=str(before + number)))
+        if number:
+            record = EncoderRecord(ENCODER, _ENCODER_NAME)
+            connection.execute(insert(MetaRow), {"key": ACTIVE, "value": record.as_text()})
 
 
 def _rows(number: int, given: Registration, version: int, actor: str, now: datetime) -> Iterator[Base]:

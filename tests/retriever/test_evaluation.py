@@ -100,10 +100,11 @@ def test_ranks_equal_those_of_a_full_sort() -> None:
 
 
 def test_reranking_reorders_the_nearest_and_leaves_the_others_where_they_were() -> None:
+    count = CANDIDATES + 10
     words = ["red", "blue", "green", "translate", "sum", "mood"]
-    tasks = [Task(f"task {n}", (f"{words[n % 6]} {words[n % 5]} {n}", f"{words[n % 4]} it")) for n in range(30)]
-    vectors, prompts = random_rows(30, 3), random_rows(60, 4)
-    questions = [Question(f"{words[n % 6]} {words[n % 3]} it {n}", f"task {n % 30}") for n in range(60)]
+    tasks = [Task(f"task {n}", (f"{words[n % 6]} {words[n % 5]} {n}", f"{words[n % 4]} it")) for n in range(count)]
+    vectors, prompts = random_rows(count, 3), random_rows(60, 4)
+    questions = [Question(f"{words[n % 6]} {words[n % 3]} it {n}", f"task {n % count}") for n in range(60)]
     plain = evaluate_vectors(tasks, questions, vectors, prompts, resamples=0)
     found = evaluate_vectors(tasks, questions, vectors, prompts, rerank=True, resamples=0)
     profiles = [profile(task.inputs) for task in tasks]
@@ -112,7 +113,7 @@ def test_reranking_reorders_the_nearest_and_leaves_the_others_where_they_were() 
         cosine = prompts[row].astype(float) @ vectors.T.astype(float)
         near = np.argsort(-cosine)[:CANDIDATES]
         order = relevance(cosine[near], grams(question.text), [profiles[place] for place in near])
-        own = row % 30
+        own = row % count
         if own in near:
             assert found.ranks[row] == (order >= order[near.tolist().index(own)]).sum()
         else:

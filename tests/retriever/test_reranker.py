@@ -26,6 +26,7 @@ from tests.registry.worker import HashEncoder
 TRANSLATE = ["Translate into French: good morning", "Translate into French: the red house"]
 ADD = ["What is 12 + 30?", "What is 4 + 9?"]
 PROMPT = "Translate into French: my old dog"
+MANY = CANDIDATES + 10
 
 
 class FlatEncoder:
@@ -59,9 +60,9 @@ def flat(open_hub: Callable[..., LoraHub], weights: Path) -> LoraHub:
 
 @pytest.fixture
 def many(open_hub: Callable[..., LoraHub], weights: Path) -> LoraHub:
-    """Thirty adapters in random directions, every third without samples that were kept."""
+    """Ten adapters more than are reranked, in random directions, every third without samples that were kept."""
     hub = open_hub(encoder=HashEncoder(), index="exact")
-    for number in range(30):
+    for number in range(MANY):
         samples = [f"sort the list {number} : {word}" for word in ("pear", "fig", f"word{number % 7}")]
         hub.register(weights, name=f"a{number:02}", samples=samples, keep_samples=number % 3 != 0)
     return hub
@@ -145,7 +146,7 @@ def test_words_put_equally_near_adapters_in_order_and_leave_their_scores(flat: L
 
 def test_a_reranked_search_finds_the_same_adapters(many: LoraHub) -> None:
     for prompt in ("sort the list 7 : fig", "anything else", "?"):
-        plain, reranked = many.search(prompt, 30), many.search(prompt, 30, rerank=True)
+        plain, reranked = many.search(prompt, MANY), many.search(prompt, MANY, rerank=True)
         assert sorted(names(plain[:CANDIDATES])) == sorted(names(reranked[:CANDIDATES]))
         assert names(plain[CANDIDATES:]) == names(reranked[CANDIDATES:])
         assert {hit.adapter.name: hit.score for hit in plain} == {hit.adapter.name: hit.score for hit in reranked}
@@ -153,8 +154,8 @@ def test_a_reranked_search_finds_the_same_adapters(many: LoraHub) -> None:
 
 
 def test_the_first_of_a_wide_search_are_those_of_a_narrow_one(many: LoraHub) -> None:
-    wide = many.search("sort the list 7 : fig", 30, rerank=True)
-    for k in (1, 3, 19, 20, 21):
+    wide = many.search("sort the list 7 : fig", MANY, rerank=True)
+    for k in (1, 3, CANDIDATES - 1, CANDIDATES, CANDIDATES + 1):
         assert many.search("sort the list 7 : fig", k, rerank=True) == wide[:k]
 
 
@@ -175,8 +176,8 @@ def test_filters_come_before_words(flat: LoraHub) -> None:
 def test_samples_that_were_dropped_are_replaced_by_the_cosine(many: LoraHub) -> None:
     """Words give nobody without samples a bad name: by the cosine alone the nearest of those is ahead of the others."""
     prompt = "sort the list 7 : fig"
-    reranked = many.search(prompt, 20, rerank=True)
-    private = [name for name in names(many.search(prompt, 20)) if int(name[1:]) % 3 == 0]
+    reranked = many.search(prompt, CANDIDATES, rerank=True)
+    private = [name for name in names(many.search(prompt, CANDIDATES)) if int(name[1:]) % 3 == 0]
     assert [name for name in names(reranked) if name in private] == private
     near = np.array([hit.score for hit in reranked])
     for hit in reranked:
