@@ -11,6 +11,7 @@ from lora_hub_sdk.retriever.fitting import FitRule, fitting_hits
 from lora_hub_sdk.retriever.query import check_prompts
 from lora_hub_sdk.retriever.reranker import CANDIDATES
 from lora_hub_sdk.retriever.retriever import Retriever
+from lora_hub_sdk.retriever.settings import settings_of
 from lora_hub_sdk.types import Hit, Member, Route, Routing
 
 
@@ -69,7 +70,7 @@ class Router:
         while True:
             encoder = self._retriever.encoder
             kept = self._registry.fit_rule(routing.namespace, encoder.fingerprint)
-            floor = getattr(getattr(encoder, "settings", None), "min_score", None)
+            floor = settings_of(encoder).min_score
             if kept is None and floor is None:
                 raise ConfigurationError(
                     f'min_score="auto": nothing was calibrated for namespace {routing.namespace!r} with encoder '

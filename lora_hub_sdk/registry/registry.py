@@ -234,14 +234,6 @@ class Registry:
         """Folders and vectors, under this or another encoder, of adapters that a guess can go by, the latest first."""
         return self.store.known(namespace, base_model, encoder or self._encoder, _MOST_KNOWN)
 
-    def unembedded(self) -> list[Adapter]:
-        """Adapters in service whose vectors belong to other encoders than this registry's."""
-        return self.store.without_embedding(self._encoder)
-
-    def add_embedding(self, adapter: Adapter, encoder_name: str, vector: Vector) -> None:
-        """Give an adapter its vector under this registry's encoder."""
-        self.store.add_embedding(adapter, self._encoder, encoder_name, vector)
-
     def fit_rule(self, namespace: str, encoder: str) -> str | None:
         """What was calibrated for a namespace with the encoder of a fingerprint; None where nothing was."""
         return self.store.fit_rule(namespace, encoder)

@@ -17,6 +17,8 @@ from lora_hub_sdk.errors import ConfigurationError, SamplesError
 from lora_hub_sdk.retriever.fitting import FitRule, wording
 from lora_hub_sdk.retriever.lexicon import Grams, Profile, grams, profile
 from lora_hub_sdk.retriever.reranker import CANDIDATES
+from lora_hub_sdk.retriever.samples import folded
+from lora_hub_sdk.retriever.tasks import task_vectors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -156,9 +158,7 @@ def calibrate_encoder(
         drawn = np.random.default_rng(seed).choice(len(chosen), _MOST_ADAPTERS, replace=False)
         chosen = [chosen[place] for place in sorted(drawn)]
         warnings = (f"{_MOST_ADAPTERS} of {len(tasks)} adapters were drawn: among all, more strange prompts fit one",)
-    embedded = encoder.encode([text for task in chosen for text in task.inputs])
-    ends = np.cumsum([len(task.inputs) for task in chosen])[:-1]
-    vectors = {task.name: rows for task, rows in zip(chosen, np.split(embedded, ends), strict=True)}
+    vectors = task_vectors(encoder, chosen)
     found = calibrate(chosen, vectors, false_abstain=false_abstain, trained=trained, skipped=skipped, seed=seed)
     return replace(found, warnings=warnings + found.warnings)
 
@@ -185,7 +185,7 @@ class _Pool:
         owners: dict[str, dict[int, int]] = {}
         for place, task in enumerate(tasks):
             for row, text in enumerate(task.inputs):
-                owners.setdefault(" ".join(text.casefold().split()), {}).setdefault(place, row)
+                owners.setdefault(folded(text), {}).setdefault(place, row)
         self.searches = [self._search(found) for found in owners.values()]
 
     def _search(self, owners: dict[int, int]) -> _Search:

@@ -19,7 +19,8 @@ from lora_hub_sdk.retriever.lexicon import grams, profile
 from lora_hub_sdk.retriever.query import check_k, check_prompts, names_of
 from lora_hub_sdk.retriever.questions import Question, read_questions
 from lora_hub_sdk.retriever.reranker import CANDIDATES, relevance
-from lora_hub_sdk.retriever.tasks import Task
+from lora_hub_sdk.retriever.settings import settings_of
+from lora_hub_sdk.retriever.tasks import Task, task_vectors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -228,18 +229,15 @@ def evaluate_retriever(
         encoder = SentenceEncoder(resolve_model(encoder))
     _check(tasks, questions)
     ks, trained = _asked(ks), names_of("trained", trained)
-    texts = [text for task in tasks for text in task.inputs]
-    encoded = encoder.encode(texts)
-    ends = np.cumsum([len(task.inputs) for task in tasks])
     return evaluate_vectors(
         tasks,
         questions,
-        [rows.mean(axis=0) for rows in np.split(encoded, ends[:-1])],
+        [rows.mean(axis=0) for rows in task_vectors(encoder, tasks).values()],
         encoder.encode([question.text for question in questions]),
         encoder=encoder.name,
         fingerprint=encoder.fingerprint,
         trained=trained,
-        rerank=bool(getattr(getattr(encoder, "settings", None), "rerank", False)) if rerank is None else rerank,
+        rerank=settings_of(encoder).rerank if rerank is None else rerank,
         ks=ks,
         resamples=resamples,
         seed=seed,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_hub_sdk.errors import SamplesError
-from lora_hub_sdk.retriever.samples import storable
+from lora_hub_sdk.retriever.samples import folded, storable
 from lora_hub_sdk.retriever.tasks import Task
 
 
@@ -70,7 +70,7 @@ def distinct(tasks: Sequence[Task]) -> list[Task]:
     Raises:
         SamplesError: fewer than two tasks are left.
     """
-    texts = [{_key(text): storable(text) for text in task.inputs if text.strip()} for task in tasks]
+    texts = [{folded(text): storable(text) for text in task.inputs if text.strip()} for task in tasks]
     owners = Counter(key for keyed in texts for key in keyed)
     kept = []
     for task, keyed in zip(tasks, texts, strict=True):
@@ -84,10 +84,6 @@ def distinct(tasks: Sequence[Task]) -> list[Task]:
             "from the difference of two tasks or more",
         )
     return kept
-
-
-def _key(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def _pair(task: Task, texts: _Deck) -> Pair:

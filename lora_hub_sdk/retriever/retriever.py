@@ -14,6 +14,7 @@ from lora_hub_sdk.registry.registry import Registry
 from lora_hub_sdk.retriever.encoder import Encoder, mean_vector, unit
 from lora_hub_sdk.retriever.query import check_k, check_prompts
 from lora_hub_sdk.retriever.reranker import CANDIDATES, LexicalReranker
+from lora_hub_sdk.retriever.settings import settings_of
 from lora_hub_sdk.types import AdapterFilter, Hit
 
 
@@ -84,7 +85,7 @@ class Retriever:
 
     def _reranks(self, asked: bool | None, encoder: Encoder) -> bool:
         told = self._rerank if asked is None else asked
-        return bool(getattr(getattr(encoder, "settings", None), "rerank", False)) if told is None else told
+        return settings_of(encoder).rerank if told is None else told
 
 
 def _checked(rerank: bool | None) -> bool | None:

@@ -48,7 +48,7 @@ def sample_texts(
         text = _text(sample, place, source)
         text = storable(text if redact is None else _redacted(redact, text, place, source)).strip()
         if text:
-            kept.setdefault(" ".join(text.casefold().split()), text)
+            kept.setdefault(folded(text), text)
     if not kept:
         raise SamplesError(source, f"{count} samples were given, none with any text; a dozen prompts do well")
     return tuple(kept.values())
@@ -76,6 +76,11 @@ def read_samples(source: str | os.PathLike[str] | TextIO) -> list[Sample]:
         return [line for line in text.splitlines() if line.strip()]
     # Not splitlines: JSON may hold U+2028 and the like as they are.
     return list(_json_lines(text.split("\n"), name))
+
+
+def folded(text: str) -> str:
+    """What is the same for texts that differ in case or white space only."""
+    return " ".join(text.casefold().split())
 
 
 def storable(text: str) -> str:

@@ -55,6 +55,12 @@ class RetrieverSettings:
             raise ConfigurationError(f"min_score={score!r}: expected a cosine from -1 to 1, or None")
 
 
+def settings_of(encoder: object) -> RetrieverSettings:
+    """An encoder's settings; the defaults for an object that has none."""
+    settings: RetrieverSettings = getattr(encoder, "settings", RetrieverSettings())
+    return settings
+
+
 def read_settings(folder: Path) -> RetrieverSettings:
     """The settings of an encoder's folder; the defaults where it has no such file, as every plain encoder.
 

@@ -6,11 +6,18 @@ import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
 
 from lora_hub_sdk.errors import ConfigurationError, SamplesError
 from lora_hub_sdk.retriever.samples import read_samples, sample_texts
 from lora_hub_sdk.types import Adapter
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lora_hub_sdk.retriever.encoder import Encoder
 
 #: A tag of this form tells the domain of a registered adapter, as "domain:nli".
 DOMAIN_TAG = "domain:"
@@ -86,6 +93,13 @@ def read_tasks(path: str | os.PathLike[str]) -> list[Task]:
     if not texts:
         raise ConfigurationError(f'tasks {os.fspath(path)!r} hold no row; expected {{"task", "inputs"}} in each line')
     return [Task(name, sample_texts(found, name), domains[name]) for name, found in texts.items()]
+
+
+def task_vectors(encoder: Encoder, tasks: Sequence[Task]) -> dict[str, NDArray[np.float32]]:
+    """For each task's name the vectors of its inputs, (n, dimension), of length 1; all are encoded in one call."""
+    encoded = encoder.encode([text for task in tasks for text in task.inputs])
+    ends = np.cumsum([len(task.inputs) for task in tasks])[:-1]
+    return {task.name: rows for task, rows in zip(tasks, np.split(encoded, ends), strict=True)}
 
 
 def split_tasks(tasks: Sequence[Task], fraction: float, seed: int = 0) -> tuple[list[Task], list[Task]]:

@@ -22,7 +22,7 @@ from lora_hub_sdk.retriever.encoder import SentenceEncoder, mean_vector
 from lora_hub_sdk.retriever.left_out import leave_one_out
 from lora_hub_sdk.retriever.pairs import distinct, plan_steps
 from lora_hub_sdk.retriever.settings import INSTRUCTION, RetrieverSettings, write_settings
-from lora_hub_sdk.retriever.tasks import Task, TaskSource, read_tasks, split_tasks, tasks_of
+from lora_hub_sdk.retriever.tasks import Task, TaskSource, read_tasks, split_tasks, task_vectors, tasks_of
 from lora_hub_sdk.retriever.training_report import REPORT_FILE, Course, TrainingReport, write_card
 
 if TYPE_CHECKING:
@@ -155,14 +155,14 @@ class RetrieverTrainer:
         if _is_finished(folder, digest):
             return TrainingReport.read(folder)
         course = _begin(folder, digest)
-        vectors = {task.name: before.encode(task.inputs) for task in tasks}
+        vectors = task_vectors(before, tasks)
         if course is None:
             course = self._train(start.folder, trained, held_out, vectors, folder)
             _note(folder, digest, course)
         # They hold weights, and a fingerprint is of all weights in a folder.
         shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
         after = SentenceEncoder(ResolvedModel(str(folder), folder, "path"), device=self.device)
-        moved = {task.name: after.encode(task.inputs) for task in tasks}
+        moved = task_vectors(after, tasks)
         known, fresh = [task.name for task in drawn], [task.name for task in unseen]
         report = TrainingReport(
             folder=folder,

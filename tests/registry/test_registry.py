@@ -499,8 +499,8 @@ def test_adapters_of_another_encoder_wait_to_be_embedded(open_registry: Open) ->
     first.add(entry("owner", X, samples=(), origin="owner"))
     with pytest.raises(EncoderMismatchError, match="reindex"):
         names(second, unit(1, 0))
-    waiting, private = second.unembedded()
-    second.add_embedding(waiting, "other", unit(1, 0))
+    waiting, private = second.store.without_embedding("f" * 64)
+    second.store.add_embedding(waiting, "f" * 64, "other", unit(1, 0))
     assert names(second, unit(1, 0)) == ["a"]
     assert second.verify().unembedded == (private.name,)
     assert names(first) == ["a", "owner"]
