@@ -297,3 +297,23 @@ class PromptTooLongError(GenerationError, ValueError):
 
 class EngineClosedError(GenerationError, RuntimeError):
     """The engine or the hub was closed before the call."""
+
+
+class EngineBusyError(GenerationError):
+    """More requests wait than the engine takes; nothing was started."""
+
+
+class DeadlineExceededError(GenerationError, TimeoutError):
+    """The answer was not complete within the time that its request gave."""
+
+
+class RequestCancelledError(GenerationError):
+    """The request was cancelled before its answer was complete."""
+
+
+class EngineMemoryError(GenerationError, MemoryError):
+    """A request does not fit into memory, even by itself."""
+
+
+class EngineCrashedError(GenerationError, RuntimeError):
+    """The thread that owns the model died; ``__cause__`` tells of what. Open the engine again."""
