@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,13 +16,16 @@ Seconds = Mapping[str, Sequence[float]]
 
 @dataclass(frozen=True)
 class Report:
-    """One run. ``systems`` and ``ratios`` keep the order in which they are to be shown."""
+    """One run. ``systems`` and ``ratios`` keep the order in which they are to be shown.
+
+    A ratio may hold what was ``asked`` of its median, as ">= 0.8", and whether that was ``reached``.
+    """
 
     machine: Mapping[str, Any]
     settings: Mapping[str, Any]
     systems: Mapping[str, Mapping[str, Any]]
-    ratios: Mapping[str, Mapping[str, float]]
-    agree: Mapping[str, Mapping[str, int]]
+    ratios: Mapping[str, Mapping[str, Any]]
+    agree: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def as_json(self) -> str:
         """One line, so that the reports of several runs are JSON lines."""
@@ -35,9 +38,23 @@ class Report:
         console = Console()
         console.print(f"{self.machine}\n{self.settings}", markup=False, highlight=False)
         console.print(_table("system", self.systems))
-        console.print(_table("ratio of throughputs", self.ratios))
+        console.print(_table("ratio", self.ratios))
         for name, found in self.agree.items():
             console.print(f"{name}: {found['rows_equal']} of {found['rows']} rows give the same tokens", markup=False)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The bound that the median of a ratio has to keep: at least ``bound``, or at most."""
+
+    bound: float
+    most: bool = False
+
+    def of(self, figures: Mapping[str, float]) -> dict[str, Any]:
+        """A ratio's figures, with what was asked of them."""
+        middle = figures["median"]
+        reached = middle <= self.bound if self.most else middle >= self.bound
+        return {**figures, "asked": f"{'<=' if self.most else '>='} {self.bound:g}", "reached": reached}
 
 
 def machine() -> dict[str, Any]:
@@ -82,13 +99,19 @@ def _cpu() -> str:
 def _table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Any:
     from rich.table import Table
 
-    numbers = {name: {key: value for key, value in row.items() if _is_number(value)} for name, row in rows.items()}
-    columns = list(dict.fromkeys(key for row in numbers.values() for key in row))
+    cells = {name: {key: _cell(value) for key, value in row.items() if _is_shown(value)} for name, row in rows.items()}
+    columns = list(dict.fromkeys(key for row in cells.values() for key in row))
     table = Table(title, *columns)
-    for name, row in numbers.items():
-        table.add_row(name, *(f"{row[key]:.3f}" if key in row else "" for key in columns))
+    for name, row in cells.items():
+        table.add_row(name, *(row.get(key, "") for key in columns))
     return table
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)
+def _is_shown(value: object) -> bool:
+    return isinstance(value, bool | int | float | str)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

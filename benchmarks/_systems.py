@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
 from benchmarks._workload import Tokens, Workload
 from lora_hub_sdk.composition.factors import AdapterFactors
 from lora_hub_sdk.composition.mapping import build_plan
 from lora_hub_sdk.composition.reference import mixture_einsum, stack_padded
-from lora_hub_sdk.engine.adapter_cache import load_factors
+from lora_hub_sdk.engine.adapter_file import load_factors
 from lora_hub_sdk.engine.base_model import BaseModel
-from lora_hub_sdk.engine.decode import Row, decode
 from lora_hub_sdk.engine.engine import Engine, Request
 from lora_hub_sdk.types import Adapter, Route, Sampling
 
@@ -20,11 +19,16 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+def request(prompt: Sequence[int], route: Route, new_tokens: int) -> Request:
+    """A prompt of token ids, answered greedily."""
+    return Request(" ".join(map(str, prompt)), route, Sampling(max_new_tokens=new_tokens), template=None)
+
+
 class System(Protocol):
     """One way to answer all rows of a workload in one batch.
 
     ``run`` answers greedily with exactly ``new_tokens`` tokens a row, whatever they are, and holds everything that a
-    caller pays for at each batch: composing adapters is inside, reading them from disk is not (the warm-up did it).
+    caller pays for at each batch; adapters are in memory from the warm-up on.
     """
 
     name: str
@@ -38,22 +42,14 @@ class EngineSystem:
     def __init__(self, name: str, engine: Engine, workload: Workload, routes: Sequence[Route]) -> None:
         self.name = name
         self._engine = engine
-        self._prompts = [" ".join(map(str, ids)) for ids in workload.prompts]
+        self._prompts = workload.prompts
         self._routes = routes
 
     def run(self, new_tokens: int) -> Tokens:
-        sampling = Sampling(max_new_tokens=new_tokens)
         completions = self._engine.generate(
-            [
-                Request(prompt, route, sampling, template=None)
-                for prompt, route in zip(self._prompts, self._routes, strict=True)
-            ]
+            [request(ids, route, new_tokens) for ids, route in zip(self._prompts, self._routes, strict=True)]
         )
-        return [_ids(completion.text) for completion in completions]
-
-    def compose(self) -> None:
-        """The composing step of ``run`` by itself."""
-        self._engine.compose(self._routes)
+        return [tuple(map(int, completion.text.split())) for completion in completions]
 
 
 class GenerateSystem:
@@ -90,38 +86,31 @@ class GenerateSystem:
 
 
 class EinsumSystem:
-    """The paper's printed form in the engine's own decoding loop: all p adapters of the batch on every row, then M."""
+    """The paper's printed form in ``generate``: all p adapters of the batch on every row, then M.
+
+    The adapters' factors are stacked once, here.
+    """
 
     def __init__(self, name: str, base: BaseModel, workload: Workload, routes: Sequence[Route]) -> None:
         self.name = name
         self._base = base
-        self._prompts = workload.prompts
-        self._plan = build_plan(routes)
-        self._adapters = [load_factors(adapter) for adapter in self._plan.adapters]
+        self._generate = GenerateSystem(name, base, base.model, workload)
+        plan = build_plan(routes)
+        adapters = [load_factors(adapter) for adapter in plan.adapters]
+        paths = sorted({path for adapter in adapters for path in adapter.modules})
+        self._stacks = {path: _stacked(adapters, plan.matrix, path, base) for path in paths}
+
+    @property
+    def size_bytes(self) -> int:
+        """What the stacked factors take."""
+        return sum(tensor.numel() * tensor.element_size() for stack in self._stacks.values() for tensor in stack)
 
     def run(self, new_tokens: int) -> Tokens:
-        rows = [Row(Sampling(max_new_tokens=new_tokens), self._base) for _ in self._prompts]
-        with self._hooks():
-            decode(self._base, self._prompts, rows, layers=_FixedRows())
-        return [_ids(row.done.text) for row in rows if row.done is not None]
-
-    @contextmanager
-    def _hooks(self) -> Iterator[None]:
-        paths = sorted({path for adapter in self._adapters for path in adapter.modules})
-        handles = [self._base.modules[path].register_forward_hook(self._hook(path)) for path in paths]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        a, b, matrix = _stacked(self._adapters, self._plan.matrix, path, self._base)
-
-        def add_delta(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            return output + mixture_einsum(inputs[0], a, b, matrix)
-
-        return add_delta
+        with ExitStack() as undo:
+            for path, (a, b, matrix) in self._stacks.items():
+                hook = _adding(a, b, matrix)
+                undo.callback(self._base.modules[path].register_forward_hook(hook).remove)
+            return self._generate.run(new_tokens)
 
 
 def peft_systems(base: BaseModel, workload: Workload) -> list[System]:
@@ -175,15 +164,8 @@ def _stacked(
     return a.to(base.device, base.dtype), b.to(base.device, base.dtype), chosen.to(base.device, base.dtype)
 
 
-class _FixedRows:
-    """For hooks that never change within a batch: all rows end together, so none leaves it early."""
+def _adding(a: Tensor, b: Tensor, matrix: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    def add_delta(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + mixture_einsum(inputs[0], a, b, matrix)
 
-    def start_decoding(self) -> None:
-        pass
-
-    def narrow(self, keep: Tensor) -> None:
-        raise AssertionError(f"rows other than {keep} ended early")
-
-
-def _ids(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split()))
+    return add_delta

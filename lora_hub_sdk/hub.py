@@ -48,8 +48,9 @@ if TYPE_CHECKING:
 
     from lora_hub_sdk.composition.factors import AdapterFactors
     from lora_hub_sdk.engine.base_model import ModelSettings
-    from lora_hub_sdk.engine.engine import Engine, Request
+    from lora_hub_sdk.engine.engine import Engine
     from lora_hub_sdk.engine.prompt import Overflow, Template
+    from lora_hub_sdk.engine.request import Request
     from lora_hub_sdk.registry.discovery import Candidate
     from lora_hub_sdk.registry.inspection import Inspection
     from lora_hub_sdk.retriever.calibration import Calibration
@@ -766,7 +767,7 @@ class LoraHub:
         template: Template,
         overflow: Overflow,
     ) -> Sequence[Request]:
-        from lora_hub_sdk.engine.engine import Request
+        from lora_hub_sdk.engine.request import Request
 
         routes = self.route(prompts, base_model=base_model, routing=routing)
         return [
@@ -784,7 +785,7 @@ class LoraHub:
 
     def _factors_of(self, adapter: Adapter) -> AdapterFactors:
         """An adapter's factors; files that somebody took out of the cache are pulled again, at the same commit."""
-        from lora_hub_sdk.engine.adapter_cache import load_factors
+        from lora_hub_sdk.engine.adapter_file import load_factors
 
         try:
             return load_factors(adapter)

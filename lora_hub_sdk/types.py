@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Final, Literal, TypedDict
@@ -16,6 +16,8 @@ Averaged = Literal["outputs", "parameters"]
 #: Where adapters are registered and searched unless a caller says otherwise.
 DEFAULT_NAMESPACE: Final = "default"
 FinishReason = Literal["stop", "length"]
+#: Where an adapter's factors were when a request needed them: with the model, in the host's memory, or in its files.
+Tier = Literal["device", "host", "disk"]
 #: A retired adapter is kept, and neither searched nor used until it is restored.
 AdapterState = Literal["active", "retired"]
 #: What an adapter's vector was made from: samples that somebody gave, a vector that its owner gave, examples found
@@ -256,12 +258,39 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Timing:
+    """Where one request's time went, in seconds.
+
+    ``queue_s`` (submitted until admitted, adapters' loading included), ``prefill_s`` and ``decode_s`` follow one
+    another; ``load_s`` is the part of the queue in which adapters were read. ``first_token_s`` and ``total_s`` count
+    from the submission; ``first_token_s`` is 0 where no token came.
+    """
+
+    queue_s: float = 0.0
+    load_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        """The six durations by name, as users are shown them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
 class Trace:
-    """How a completion came about. ``truncated_tokens`` were cut from the front of the prompt's text."""
+    """How a completion came about. ``truncated_tokens`` were cut from the front of the prompt's text.
+
+    ``tiers`` tells of each of the route's adapters, in order, where it was found. Neither it nor ``timing`` counts when
+    completions are compared: they differ from call to call.
+    """
 
     route: Route
     batch_size: int
     truncated_tokens: int = 0
+    timing: Timing | None = field(default=None, compare=False)
+    tiers: tuple[Tier, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)

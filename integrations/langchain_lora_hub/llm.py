@@ -48,7 +48,8 @@ class LoraRetrieverLLM(BaseLLM):
     prompts is one batch of the engine. Fields of routing and sampling may be given anew with each call
     (``llm.invoke(prompt, strategy="fusion", k=2)``). Every generation tells its route in ``generation_info["route"]``:
     ``{"strategy": ..., "adapters": [{"name", "repo_id", "revision", "score", "weight"}, ...]}``; no adapters there
-    means that the base model answered.
+    means that the base model answered. Beside it, ``["tiers"]`` tells where each of them was found ("device", "host" or
+    "disk"), and ``["timing"]`` where the time went, in seconds (``Timing``).
 
     ``config={"configurable": {"namespace": ...}}`` sets the namespace of one call, also through a chain: a server hands
     its caller's namespace over this way, and the call sees no other adapters.
@@ -293,10 +294,13 @@ def _by_namespace(
 
 
 def _info(completion: Completion) -> dict[str, Any]:
+    trace = completion.trace
     return {
         "finish_reason": completion.finish_reason,
-        "route": completion.trace.route.as_dict(),
-        "truncated_tokens": completion.trace.truncated_tokens,
+        "route": trace.route.as_dict(),
+        "tiers": list(trace.tiers),
+        "timing": None if trace.timing is None else trace.timing.as_dict(),
+        "truncated_tokens": trace.truncated_tokens,
         "token_usage": completion.usage.as_dict(),
     }
 

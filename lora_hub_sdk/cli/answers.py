@@ -172,6 +172,8 @@ def _completion_data(prompt: str, completion: Completion) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         "usage": completion.usage.as_dict(),
         "route": trace.route.as_dict(),
+        "tiers": list(trace.tiers),
+        "timing": None if trace.timing is None else trace.timing.as_dict(),
         "batch_size": trace.batch_size,
         "truncated_tokens": trace.truncated_tokens,
     }

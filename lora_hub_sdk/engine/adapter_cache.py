@@ -5,33 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
-from lora_hub_sdk.composition.factors import AdapterFactors, factors_from_bytes
-from lora_hub_sdk.errors import AdapterChangedError, AdmissionError
-from lora_hub_sdk.registry.adapter_config import adapter_config_from_bytes, read_config_bytes
-from lora_hub_sdk.registry.admission import content_digest, read_weights
+from lora_hub_sdk.composition.factors import AdapterFactors
+from lora_hub_sdk.engine.adapter_file import load_factors as load_factors
 from lora_hub_sdk.types import Adapter
-
-
-def load_factors(adapter: Adapter) -> AdapterFactors:
-    """Read an adapter from its folder, only if it still is what was registered.
-
-    Raises:
-        AdapterChangedError: the files are gone or have another digest.
-    """
-    try:
-        weights = read_weights(adapter.folder, source=adapter.name)
-        config_bytes = read_config_bytes(adapter.folder, adapter.name)
-    except (OSError, AdmissionError) as error:
-        raise AdapterChangedError(
-            f"the files of adapter {adapter.name!r} are gone from {adapter.folder} ({error}); register it again"
-        ) from error
-    found = content_digest(config_bytes, weights)
-    if found != adapter.digest:
-        raise AdapterChangedError(
-            f"adapter {adapter.name!r} was registered with digest {adapter.digest[:12]}, {adapter.folder} now holds "
-            f"{found[:12]}; remove it and register it again"
-        )
-    return factors_from_bytes(weights, adapter_config_from_bytes(config_bytes, adapter.name), found)
 
 
 class AdapterCache:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
+from lora_hub_sdk.engine.input_groups import Groups, input_groups
+from lora_hub_sdk.engine.linear import Product, linear_products
 from lora_hub_sdk.engine.shapes import linear_shapes
 from lora_hub_sdk.errors import ConfigurationError, ModelDamagedError
 from lora_hub_sdk.models import ResolvedModel
@@ -55,7 +57,18 @@ class BaseModel:
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """(d_out, d_in) of every linear module, by path."""
         return linear_shapes(self.model)
+
+    @cached_property
+    def products(self) -> Mapping[str, Product]:
+        """How each linear module computes its own product."""
+        return linear_products({path: self.modules[path] for path in self.shapes})
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The linear modules by the input that they share."""
+        return input_groups(self.model, tuple(self.shapes))
 
 
 def load_base_model(resolved: ResolvedModel, settings: ModelSettings | None = None) -> BaseModel:

@@ -1,46 +1,55 @@
-"""One base model, many adapters, one batch: requests in, completions out."""
+"""One base model, many adapters, many callers: requests in, completions out."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import count
 from queue import SimpleQueue
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
-from lora_hub_sdk.composition.compose import ComposedBatch, compose
-from lora_hub_sdk.composition.factors import AdapterFactors
-from lora_hub_sdk.composition.mapping import build_plan
-from lora_hub_sdk.engine.adapter_cache import AdapterCache, load_factors
+from lora_hub_sdk.engine.adapter_file import Unverified, open_factors
+from lora_hub_sdk.engine.adapter_store import AdapterStore
 from lora_hub_sdk.engine.base_model import BaseModel
-from lora_hub_sdk.engine.decode import Row, decode
-from lora_hub_sdk.engine.lora_layers import LoraLayers
-from lora_hub_sdk.engine.prompt import EncodedPrompt, Overflow, PromptEncoder, Template
+from lora_hub_sdk.engine.prompt import EncodedPrompt, PromptEncoder
+from lora_hub_sdk.engine.rank_pool import RankPool
+from lora_hub_sdk.engine.request import Job, Request
+from lora_hub_sdk.engine.row import Row
 from lora_hub_sdk.engine.sampling import check_sampling
-from lora_hub_sdk.errors import ConfigurationError, EngineClosedError, RegistryError
-from lora_hub_sdk.types import Adapter, Completion, Route, Sampling, Trace, Usage
+from lora_hub_sdk.engine.scheduler import Limits
+from lora_hub_sdk.engine.ticket import Ticket
+from lora_hub_sdk.engine.worker import Worker
+from lora_hub_sdk.errors import ConfigurationError, EngineBusyError
+from lora_hub_sdk.types import Adapter, Completion
 
-_CACHE_BYTES: Final = 1 << 30
+if TYPE_CHECKING:
+    from lora_hub_sdk.composition.factors import AdapterFactors
+    from lora_hub_sdk.engine.metrics import EngineMetrics, EngineStats
 
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt with its route and how to answer it."""
-
-    prompt: str
-    route: Route
-    sampling: Sampling = field(default_factory=Sampling)
-    template: Template = "auto"
-    overflow: Overflow = "cut"
+_HOST_BYTES: Final = 1 << 30
+#: On a CPU; on a GPU so much of the memory that is free once the model is there.
+_DEVICE_BYTES: Final = 2 << 30
+_CACHE_BYTES: Final = 2 << 30
+_DEVICE_SHARE: Final = 0.2
+_CACHE_SHARE: Final = 0.6
 
 
 class Engine:
-    """Owns a base model. Thread-safe: concurrent calls take turns, each batch runs alone on the model.
+    """Owns a base model and answers with it. Thread-safe, and at home in asyncio.
+
+    All callers share the forward passes of one thread, which starts with the first request and ends when there is
+    nothing to do. In float32 each answer is the one that its request would get alone.
 
     Args:
         base: the loaded model.
-        adapter_cache_bytes: how many bytes of adapters stay in memory between batches.
-        max_batch_size: a call with more requests is answered in several forward batches.
+        limits: what may run and wait at once; by default what fits into 2 GiB of keys and values on a CPU, or into
+            60 % of the free memory of a GPU.
+        host_bytes: memory for adapters that were read, beside those in use.
+        device_bytes: memory for adapters in the form and dtype in which the model uses them; by default 2 GiB on a
+            CPU, 20 % of the free memory of a GPU. What runs at once never needs more, unless one request alone does.
         load: reads an adapter that is not in memory.
     """
 
@@ -48,101 +57,162 @@ class Engine:
         self,
         base: BaseModel,
         *,
-        adapter_cache_bytes: int = _CACHE_BYTES,
-        max_batch_size: int = 64,
-        load: Callable[[Adapter], AdapterFactors] = load_factors,
+        limits: Limits | None = None,
+        host_bytes: int = _HOST_BYTES,
+        device_bytes: int | None = None,
+        load: Callable[[Adapter], AdapterFactors | Unverified] = open_factors,
     ) -> None:
-        if max_batch_size < 1:
-            raise ConfigurationError(f"max_batch_size={max_batch_size}: expected 1 or more")
         self.base = base
-        self.batches = 0
-        self._max_batch_size = max_batch_size
-        self._layers = LoraLayers(base.modules)
-        self._cache = AdapterCache(adapter_cache_bytes, load)
-        self._lock = threading.Lock()
-        self._closed = False
+        budget = _budget(base, _DEVICE_BYTES, _DEVICE_SHARE) if device_bytes is None else device_bytes
+        if limits is None:
+            limits = Limits(max_tokens=max(_budget(base, _CACHE_BYTES, _CACHE_SHARE) // _place_bytes(base), 1))
+        limits = replace(limits, max_ranks=max(min(limits.max_ranks, budget // _rank_bytes(base)), 1))
+        pool = RankPool(base.groups, base.shapes, dtype=base.dtype, device=base.device, budget_bytes=budget)
+        self._worker = Worker(base, pool, AdapterStore(host_bytes, load), limits)
+        self._limits = limits
+        self._ids = count(1)
+        self._tokenizing = threading.Lock()  # tokenizers are not safe to share between threads
+
+    # -- seeing it ----------------------------------------------------------------------------------------------------
+
+    @property
+    def batches(self) -> int:
+        """How many batches of prompts were read since the engine was made."""
+        return self._worker.batches
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """For Prometheus: ``engine.metrics.text()``, or its ``registry``."""
+        return self._worker.metrics
+
+    def stats(self) -> EngineStats:
+        """What it did and holds, for a person to read."""
+        return self.metrics.stats()
+
+    # -- answers ------------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, *, stream: bool = False) -> Ticket:
+        """Hand a request in and go on; the ticket has the answer once it is there.
+
+        Raises:
+            ConfigurationError: sampling settings that make no sense, or a timeout below 0.
+            PromptTooLongError: see ``PromptEncoder.encode``.
+            EngineBusyError: too many requests wait already.
+            EngineClosedError, EngineCrashedError: nobody answers any more.
+        """
+        return self._submit([request], [self._encode(0, request)], [partial(Ticket, stream=stream)])[0]
+
+    def submit_many(self, requests: Sequence[Request]) -> list[Ticket]:
+        """As ``submit``; all are taken or none, and they take turns with others as one."""
+        encoded = [self._encode(place, request) for place, request in enumerate(requests)]
+        return self._submit(requests, encoded, [partial(Ticket, stream=False)] * len(requests))
 
     def generate(
         self, requests: Sequence[Request], *, on_text: Callable[[int, str], None] | None = None
     ) -> list[Completion]:
-        """Answer all requests, in their order; each row gets what it would get alone (exact in float32).
+        """Answer all requests, in their order, however many they are.
 
         Args:
-            on_text: called with (index of the request, new text) as text becomes final.
+            on_text: called in this thread with (index of the request, new text) as text becomes final.
 
         Raises:
-            ConfigurationError: sampling settings that make no sense, or an adapter of another base model.
-            PromptTooLongError: see ``PromptEncoder.encode``.
-            AdapterChangedError: an adapter's files are not what was registered.
-            EngineClosedError: after ``close``.
+            As ``submit``, and whatever kept a request from its answer; the others are given up then.
         """
-        with self._lock:  # tokenizers are not safe to share between threads
-            encoded = [self._encode(place, request) for place, request in enumerate(requests)]
-        completions: list[Completion] = []
-        for start in range(0, len(requests), self._max_batch_size):
-            stop = start + self._max_batch_size
-            with self._lock:
-                completions += self._run(start, requests[start:stop], encoded[start:stop], on_text)
-        return completions
+        encoded = [self._encode(place, request) for place, request in enumerate(requests)]
+        tickets: list[Ticket] = []
+        shown: SimpleQueue[tuple[int, str | None]] = SimpleQueue()
+        client = f"call {next(self._ids)}"
+        try:
+            while len(tickets) < len(requests):
+                place = len(tickets)
+                part = slice(place, place + self._limits.max_waiting)
+                make = [
+                    partial(Ticket, stream=False) if on_text is None else partial(_Shown, shown, place + at)
+                    for at in range(len(requests[part]))
+                ]
+                try:
+                    tickets += self._submit(requests[part], encoded[part], make, client)
+                except EngineBusyError:
+                    pending = [ticket for ticket in tickets if not ticket.future.done()]
+                    if not pending:
+                        raise
+                    pending[0].future.exception()  # waits
+            if on_text is not None:
+                ended = 0
+                while ended < len(tickets):
+                    place_, text = shown.get()
+                    if text is None:
+                        ended += 1
+                    else:
+                        on_text(place_, text)
+            return [ticket.result() for ticket in tickets]
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
+
+    async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
+        """As ``generate``, without blocking the event loop. Cancelling the task gives its requests up."""
+        tickets = self.submit_many(requests)
+        try:
+            return list(await asyncio.gather(*(ticket.aresult() for ticket in tickets)))
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
 
     def stream(self, request: Request) -> Iterator[str | Completion]:
-        """Pieces of text as they become final, then the whole completion.
-
-        Decoding runs in a thread of its own, so a slow reader holds up nobody; leaving the iterator early ends it.
+        """Pieces of text as they become final, then the whole completion. Leaving the iterator early gives it up.
 
         Raises:
-            As ``generate``, from the first step of the iteration on.
+            As ``submit``, from the first step of the iteration on.
         """
-        pieces: SimpleQueue[str | Completion | Exception] = SimpleQueue()
-        left = threading.Event()
+        yield from self.submit(request, stream=True).pieces()
 
-        def on_text(_row: int, text: str) -> None:
-            if left.is_set():
-                raise _ReaderLeftError
-            pieces.put(text)
-
-        def work() -> None:
-            try:
-                pieces.put(self.generate([request], on_text=on_text)[0])
-            except Exception as error:  # whatever it is, it belongs to the reader
-                pieces.put(error)
-
-        threading.Thread(target=work, name="lora-hub-stream", daemon=True).start()
+    async def astream(self, request: Request) -> AsyncIterator[str | Completion]:
+        """As ``stream``, on the running event loop."""
+        pieces = self.submit(request, stream=True).apieces()
         try:
-            while True:
-                piece = pieces.get()
-                if isinstance(piece, Exception):
-                    raise piece
+            async for piece in pieces:
                 yield piece
-                if isinstance(piece, Completion):
-                    return
         finally:
-            left.set()
+            await pieces.aclose()
 
-    def close(self) -> None:
-        """Wait for the running batch, then refuse further ones. May be called twice."""
-        with self._lock:
-            self._closed = True
+    # -- end ----------------------------------------------------------------------------------------------------------
 
-    def compose(self, routes: Sequence[Route]) -> ComposedBatch:
-        """The routes of one batch as one LoRA per row, on the model's device and in its dtype.
+    def forget(self, digest: str) -> None:
+        """Free what is held of an adapter as soon as nobody uses it; requests that name it read it again."""
+        self._worker.forget(digest)
 
-        Raises:
-            RegistryError: an adapter has modules that this base model lacks.
+    def close(self, timeout_s: float | None = None) -> None:
+        """Answer what was handed in, then refuse more. May be called twice.
+
+        Args:
+            timeout_s: what is not answered by then fails with EngineClosedError.
         """
-        plan = build_plan(routes)
-        adapters = self._cache.get(plan.adapters)
-        for adapter, factors in zip(plan.adapters, adapters, strict=True):
-            missing = sorted(factors.modules.keys() - self.base.shapes.keys())
-            if missing:
-                raise RegistryError(
-                    f"adapter {adapter.name!r} of base {adapter.base_model!r} has modules that {self.base.id!r} lacks: "
-                    f"{', '.join(missing[:3])}"
-                )
-        return compose(plan, adapters, dtype=self.base.dtype, device=self.base.device)
+        self._worker.close(timeout_s)
+
+    # -- private ------------------------------------------------------------------------------------------------------
+
+    def _submit(
+        self,
+        requests: Sequence[Request],
+        encoded: Sequence[EncodedPrompt],
+        make: Sequence[Callable[[Callable[[], None]], Ticket]],
+        client: str | None = None,
+    ) -> list[Ticket]:
+        client = client or f"call {next(self._ids)}"
+        jobs = []
+        for request, prompt, ticket_of in zip(requests, encoded, make, strict=True):
+            job_id = next(self._ids)
+            ticket = ticket_of(partial(self._worker.withdraw, job_id))
+            row = Row(request.sampling, self.base, ticket.show if ticket.streams else None)
+            jobs.append(Job(job_id, request.client or client, request, prompt, row, ticket))
+        self._worker.submit(jobs)
+        return [job.ticket for job in jobs]
 
     def _encode(self, place: int, request: Request) -> EncodedPrompt:
         check_sampling(request.sampling)
+        if request.timeout_s is not None and not request.timeout_s > 0:
+            raise ConfigurationError(f"timeout_s={request.timeout_s}: expected seconds above 0, or None")
         limit = self.base.context - request.sampling.max_new_tokens
         if limit < 1:
             raise ConfigurationError(
@@ -150,42 +220,40 @@ class Engine:
                 f"{self.base.context} tokens"
             )
         encoder = PromptEncoder(self.base.tokenizer, request.template)
-        return encoder.encode(request.prompt, limit=limit, overflow=request.overflow, row=place)
-
-    def _run(
-        self,
-        start: int,
-        requests: Sequence[Request],
-        prompts: Sequence[EncodedPrompt],
-        on_text: Callable[[int, str], None] | None,
-    ) -> list[Completion]:
-        if self._closed:
-            raise EngineClosedError("this engine was closed; open the hub again for a new one")
-        composed = self.compose([request.route for request in requests])
-        rows = [
-            Row(request.sampling, self.base, _for_row(on_text, start + place)) for place, request in enumerate(requests)
-        ]
-        self.batches += 1
-        with self._layers.apply(composed):
-            decode(self.base, [prompt.ids for prompt in prompts], rows, layers=self._layers)
-        return [
-            self._completion(request, prompt, row, len(requests))
-            for request, prompt, row in zip(requests, prompts, rows, strict=True)
-        ]
-
-    def _completion(self, request: Request, prompt: EncodedPrompt, row: Row, batch_size: int) -> Completion:
-        assert row.done is not None
-        return Completion(
-            row.done.text,
-            row.done.finish_reason,
-            Usage(len(prompt.ids), row.done.tokens),
-            Trace(request.route, batch_size, prompt.truncated),
-        )
+        with self._tokenizing:
+            return encoder.encode(request.prompt, limit=limit, overflow=request.overflow, row=place)
 
 
-class _ReaderLeftError(Exception):
-    """Nobody reads the stream any more; unwinds the decoding."""
+class _Shown(Ticket):
+    """A ticket whose pieces go to a queue that it shares with others; None tells that it has ended."""
+
+    def __init__(self, shown: SimpleQueue[tuple[int, str | None]], place: int, on_cancel: Callable[[], None]) -> None:
+        super().__init__(on_cancel, stream=True)
+        self._shown, self._place = shown, place
+        self.future.add_done_callback(lambda _: shown.put((place, None)))
+
+    def show(self, text: str) -> None:
+        self._shown.put((self._place, text))
 
 
-def _for_row(on_text: Callable[[int, str], None] | None, row: int) -> Callable[[str], None] | None:
-    return None if on_text is None else lambda text: on_text(row, text)
+def _budget(base: BaseModel, on_cpu: int, share: float) -> int:
+    if base.device.type != "cuda":
+        return on_cpu
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(base.device)
+    return int(free * share)
+
+
+def _rank_bytes(base: BaseModel) -> int:
+    """Of one rank in all linear modules."""
+    return sum(rows + columns for rows, columns in base.shapes.values()) * base.dtype.itemsize
+
+
+def _place_bytes(base: BaseModel) -> int:
+    """Of one token's keys and values in all layers."""
+    model: Any = base.model
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * size * base.dtype.itemsize)

@@ -1,64 +1,193 @@
-"""The place where adapters touch the base model: forward hooks that live exactly as long as one batch."""
+"""The place where adapters touch the base model: each row's own delta, added to its linear layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
 
-from lora_hub_sdk.composition.compose import ComposedBatch, RowLora
+from lora_hub_sdk.engine.batch_lora import BatchLora
+from lora_hub_sdk.engine.forms import Form
+from lora_hub_sdk.engine.linear import Product
+from lora_hub_sdk.engine.rank_pool import RankPool, Table
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+#: Adds the delta of the module of that place in its table to an output (b, l, d_out), in place.
+Add = Callable[[int, "Tensor"], None]
+
 
 class LoraLayers:
-    """Adds each row's own delta to the linear modules of a shared base model.
+    """Takes over the forward of a model's linear modules, for exactly as long as one pass of a batch.
 
-    The base weights are never written. Hooks exist only inside ``with layers.apply(batch)``, and are removed on every
-    way out of it: PEFT's hooks outlive an exception and give the next caller the failed call's adapter. Not
-    thread-safe: whoever owns the model serialises its batches.
+    The base weights are never written. On every way out of ``with layers.apply(batch)`` the model is as it came: PEFT's
+    hooks outlive an exception and give the next caller the failed call's adapter. Not thread-safe: whoever owns the
+    model serialises its passes.
+
+    Args:
+        products: the linear modules of the model by path, and how each computes its own product.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._modules = modules
-        self._active = ComposedBatch({})
+    def __init__(self, modules: Mapping[str, nn.Module], products: Mapping[str, Product], pool: RankPool) -> None:
+        self._pool = pool
+        self._forwards = [(modules[path], self._forward(path, product)) for path, product in products.items()]
+        self._active: _Pass | None = None
 
     @contextmanager
-    def apply(self, batch: ComposedBatch) -> Iterator[None]:
-        """Within the block every forward pass has the rows of ``batch``, each with its own composition."""
-        self._active = batch
-        with ExitStack() as undo:
-            undo.callback(setattr, self, "_active", ComposedBatch({}))
-            for path in batch.modules:
-                undo.callback(self._modules[path].register_forward_hook(self._hook(path)).remove)
+    def apply(self, batch: BatchLora, tokens: int) -> Iterator[None]:
+        """Within the block a forward pass has the rows of ``batch``, each of ``tokens`` tokens."""
+        tables = {} if batch.empty else self._pool.members
+        self._active = _Pass(batch, tables, batch.form(tokens))
+        try:
+            for module, forward in self._forwards:
+                module.__dict__["forward"] = forward
             yield
+        finally:
+            for module, _ in self._forwards:
+                module.__dict__.pop("forward", None)
+            self._active = None
 
-    def start_decoding(self) -> None:
-        """From here on every row is one token long."""
-        self._active = self._active.for_decoding()
+    def _forward(self, path: str, product: Product) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            assert self._active is not None, "only a pass calls it"
+            output = product(x)
+            self._active.add_(path, x, output)
+            return output
 
-    def narrow(self, keep: Tensor) -> None:
-        """Go on with only the rows at the indices ``keep``."""
-        self._active = self._active.select(keep)
-
-    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def add_delta(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            return add_delta_(output, inputs[0], self._active.modules[path])
-
-        return add_delta
+        return forward
 
 
-def add_delta_(output: Tensor, x: Tensor, lora: RowLora) -> Tensor:
-    """output += (x A^T) B^T row by row, in place: x (b, l, d_in), output (b, l, d_out)."""
-    import torch
+class _Pass:
+    """One forward pass. What modules with the same input share is computed at the first of them."""
+
+    def __init__(self, batch: BatchLora, tables: Mapping[str, tuple[Table, int]], form: Form) -> None:
+        self._batch, self._tables = batch, tables
+        self._prepare = _FORMS[form]
+        self._input: Tensor | None = None
+        self._table: Table | None = None
+        self._add: Add | None = None
+
+    def add_(self, path: str, x: Tensor, output: Tensor) -> None:
+        """Add the delta of each row to the output of a module, in place; nothing where no adapter has it."""
+        found = self._tables.get(path)
+        if found is None:
+            return
+        table, member = found
+        if self._add is None or x is not self._input or table is not self._table:
+            self._input, self._table = x, table
+            self._add = self._prepare(
+                x if x.dtype == self._batch.dtype else x.to(self._batch.dtype), table, self._batch
+            )
+        self._add(member, output)
+
+
+def _shared(x: Tensor, table: Table, batch: BatchLora) -> Add:
+    """All rows have one route of T ranks: two plain products for any number of tokens."""
     from torch.nn.functional import linear
 
-    x = x.to(lora.a.dtype)
-    if lora.a.shape[0] == 1:
-        return output.add_(linear(linear(x, lora.a[0]), lora.b[0]))
-    hidden = torch.bmm(x, lora.a.transpose(1, 2))
-    columns = lora.b.transpose(1, 2)
-    if output.dtype == columns.dtype:
-        return output.baddbmm_(hidden, columns)
-    return output.add_(torch.bmm(hidden, columns))
+    factors, route = batch.dense(table), batch.shared
+    flat = x.reshape(-1, x.shape[-1])
+    hidden = linear(flat, factors.a).view(len(flat), len(table.paths), -1)
+    hidden = hidden.mul_(route.mixing) if route.diagonal else hidden @ route.mixing
+
+    def add(member: int, output: Tensor) -> None:
+        delta = hidden[:, member] @ factors.b[member]
+        output.add_(delta.view(output.shape))
+
+    return add
+
+
+def _lookup(x: Tensor, table: Table, batch: BatchLora) -> Add:
+    """One token a row. Each row's ranks are looked up where they lie, so nothing is copied."""
+    import torch
+
+    members = len(table.paths)
+    at = batch.lookup(members)
+    # The gradient of embedding_bag's weights is what A needs: the inner product of each looked up row with its x.
+    products: Any = torch.ops.aten._embedding_bag_per_sample_weights_backward.default
+    width = x.shape[-1]
+    hidden: Tensor = products(x.view(-1, width), table.a.view(-1, width), at.index, at.offsets, at.owners, 0, -1)
+    hidden = batch.mix_(hidden.view(members, -1))
+    done: dict[int, Tensor] = {}
+
+    def add(member: int, output: Tensor) -> None:
+        first, last, b = table.run_of(member)
+        if first not in done:
+            index = batch.lookup(last - first)
+            # As functional.embedding_bag, without its checks at each of some hundred calls a step.
+            done[first] = torch.embedding_bag(
+                b.view(-1, b.shape[-1]),
+                index.index,
+                index.offsets,
+                False,
+                0,
+                False,
+                hidden[first:last].view(-1),
+                False,
+                None,
+            )[0].view(last - first, *output.shape)
+        output.add_(done[first][member - first])
+
+    return add
+
+
+def _dense(x: Tensor, table: Table, batch: BatchLora) -> Add:
+    """One token a row. All T different ranks of the batch on every row, then the mapping matrix M by ranks."""
+    from torch.nn.functional import linear
+
+    factors = batch.dense(table)
+    flat = x.reshape(-1, x.shape[-1])
+    hidden = linear(flat, factors.a).view(len(flat), len(table.paths), -1)
+    if batch.partners is None:
+        hidden = hidden.mul_(batch.matrix[:, None])
+    else:
+        rows, places = batch.positions
+        mixed = batch.mix_(hidden[rows, :, places].t()).t()
+        hidden = hidden.new_zeros(hidden.shape)
+        hidden[rows, :, places] = mixed
+
+    def add(member: int, output: Tensor) -> None:
+        delta = hidden[:, member] @ factors.b[member]
+        output.add_(delta.view(output.shape))
+
+    return add
+
+
+def _gather(x: Tensor, table: Table, batch: BatchLora) -> Add:
+    """Each row's own factors side by side, for this table only, and products row by row."""
+    import torch
+
+    members, width, rows = len(table.paths), x.shape[-1], len(batch.rows)
+    padded = batch.padded(members)
+    a = table.a.view(-1, width).index_select(0, padded.index).view(rows, -1, width)
+    hidden = torch.bmm(x, a.transpose(1, 2))
+    if padded.partners is None:
+        hidden.mul_(padded.weights)
+    else:
+        # (b, l, n, R, J): each rank's partners within its own module.
+        apart = hidden.view(*x.shape[:2], members, -1)
+        places = padded.partners[:, None, None].expand(*apart.shape[:3], *padded.partners.shape[1:])
+        mixed = apart[..., None, :].expand(*places.shape[:4], -1).gather(-1, places)
+        hidden = (mixed * padded.weights[:, None, None]).sum(-1).view(hidden.shape)
+    ranks = hidden.shape[-1] // members
+
+    def add(member: int, output: Tensor) -> None:
+        first, last, b = table.run_of(member)
+        index = batch.padded(last - first).index.view(rows, last - first, ranks)[:, member - first].reshape(-1)
+        factors = b.view(-1, b.shape[-1]).index_select(0, index).view(rows, ranks, -1)
+        mine = hidden[..., member * ranks : (member + 1) * ranks]
+        if output.dtype == factors.dtype:
+            output.baddbmm_(mine, factors)
+        else:
+            output.add_(torch.bmm(mine, factors))
+
+    return add
+
+
+_FORMS: Final[dict[Form, Callable[[Tensor, Table, BatchLora], Add]]] = {
+    "shared": _shared,
+    "lookup": _lookup,
+    "dense": _dense,
+    "gather": _gather,
+}

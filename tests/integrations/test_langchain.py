@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,21 @@ def test_every_generation_tells_its_route(llm: LoraRetrieverLLM, pool: LoraHub, 
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     usage = (result.llm_output or {})["token_usage"]
     assert usage["completion_tokens"] <= 12
+
+
+def test_a_generation_tells_where_its_adapters_were_and_where_its_time_went(llm: LoraRetrieverLLM) -> None:
+    def info(**given: Any) -> dict[str, Any]:
+        return llm.generate(["Add 3 and 4"], **given).generations[0][0].generation_info or {}
+
+    fresh, again, bare = info(), info(), info(strategy="base")
+    assert fresh["tiers"] == ["disk"] * len(fresh["route"]["adapters"])
+    assert len(again["tiers"]) == len(fresh["tiers"])
+    assert "disk" not in again["tiers"]
+    assert bare["tiers"] == []
+    for timing in (fresh["timing"], again["timing"], bare["timing"]):
+        assert 0 < timing["first_token_s"] <= timing["total_s"]
+        assert timing["queue_s"] + timing["prefill_s"] + timing["decode_s"] <= timing["total_s"] + 1e-6
+    assert json.loads(json.dumps(fresh)) == fresh
 
 
 def test_the_base_model_answers_only_where_it_was_asked_to(llm: LoraRetrieverLLM) -> None:

@@ -15,7 +15,8 @@ import torch
 import transformers.models.llama.configuration_llama
 import transformers.models.llama.modeling_llama
 
-import lora_hub_sdk.engine.adapter_cache
+import lora_hub_sdk.engine.adapter_file
+import lora_hub_sdk.engine.adapter_store
 import lora_hub_sdk.registry.discovery
 import lora_hub_sdk.registry.schema
 import tests.registry.crowd

@@ -1,0 +1,236 @@
+"""The routing desk: what many callers ask one by one is routed together, as a batch takes less than its parts.
+
+There is no timer: while one group is being routed, the next one gathers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final
+
+from lora_hub_sdk.composition.strategies import check_routing, get_strategy
+from lora_hub_sdk.errors import DeadlineExceededError, EngineClosedError, EngineCrashedError, RegistryError
+from lora_hub_sdk.retriever.query import check_prompts
+from lora_hub_sdk.types import Route, Routing
+
+BaseModel = str | os.PathLike[str]
+RouteBatch = Callable[[Sequence[str], BaseModel, Routing], list[Route]]
+
+#: Prompts that are routed together: enough for a full batch, few enough that the engine soon has something to do.
+_GROUP: Final = 64
+#: A call of more is a batch by itself; it must not hold up those of one prompt.
+_LARGE: Final = 32
+
+
+class RoutingDesk:
+    """Routes the prompts of many callers, each with an error or a result of its own. Thread-safe.
+
+    Three windows serve side by side: searches, searches of large calls, and routes that need no search.
+
+    Args:
+        route: routes prompts of one base model and one routing, as ``Router.route``; called by up to three threads.
+    """
+
+    def __init__(self, route: RouteBatch) -> None:
+        self._searches = _Window("lora-hub-searches", route)
+        self._large = _Window("lora-hub-large-searches", route)
+        self._lookups = _Window("lora-hub-lookups", route)
+
+    def submit(self, prompts: Sequence[str], base_model: BaseModel, routing: Routing) -> Future[list[Route]]:
+        """One route for each prompt, in their order, as soon as they are known; cancelling takes the call back.
+
+        The future fails as ``Router.route`` does, by no other caller's fault; with EngineClosedError where the desk is
+        closed first; with EngineCrashedError where the thread behind it was told to exit.
+
+        Raises:
+            UnknownStrategyError, ConfigurationError, EmptyPromptError: a call that makes no sense; it names the row.
+            EngineClosedError: the desk is closed.
+        """
+        check_routing(routing)
+        check_prompts(prompts)
+        call = _Call(tuple(prompts), base_model, routing)
+        self._window_for(call).take(call)
+        return call.future
+
+    def route(
+        self, prompts: Sequence[str], base_model: BaseModel, routing: Routing, *, timeout_s: float | None = None
+    ) -> list[Route]:
+        """As ``submit``, waiting for it.
+
+        Raises:
+            DeadlineExceededError: ``timeout_s`` seconds were not enough.
+            As ``submit`` and its future.
+        """
+        future = self.submit(prompts, base_model, routing)
+        try:
+            return future.result(timeout_s)
+        except TimeoutError:
+            if future.done():  # an error of the routing itself, or just in time
+                return future.result()
+            raise _too_late(timeout_s) from None
+        finally:
+            future.cancel()
+
+    async def aroute(
+        self, prompts: Sequence[str], base_model: BaseModel, routing: Routing, *, timeout_s: float | None = None
+    ) -> list[Route]:
+        """As ``route``, leaving the event loop to others; cancelling the task takes the call back."""
+        future = asyncio.wrap_future(self.submit(prompts, base_model, routing))
+        try:
+            async with asyncio.timeout(timeout_s) as limit:
+                return await future
+        except TimeoutError:
+            if limit.expired():
+                raise _too_late(timeout_s) from None
+            raise
+
+    def close(self) -> None:
+        """Finish what is being routed, fail what waits, and refuse what comes. May be called twice."""
+        for window in (self._searches, self._large, self._lookups):
+            window.close()
+
+    def _window_for(self, call: _Call) -> _Window:
+        if call.routing.adapters is not None or get_strategy(call.routing.strategy).limit == 0:
+            return self._lookups
+        return self._large if len(call.prompts) > _LARGE else self._searches
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What one caller asked; it stays together, so that an error that tells a row tells the caller's."""
+
+    prompts: tuple[str, ...]
+    base_model: BaseModel
+    routing: Routing
+    future: Future[list[Route]] = field(default_factory=Future)
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """Calls of one kind can be routed together. Not the routing itself: it may hold lists, and 1 equals True."""
+        return os.fspath(self.base_model), repr(self.routing)
+
+
+class _Window:
+    """One thread and the calls that wait for it, by kind; the kinds take turns, so that none waits for ever."""
+
+    def __init__(self, name: str, route: RouteBatch) -> None:
+        self._route = route
+        self._lock = threading.Lock()
+        self._waiting: OrderedDict[tuple[str, str], deque[_Call]] = OrderedDict()
+        self._working = False
+        self._closed = False
+        # Its thread starts with the first call, and the interpreter's exit waits for what it has in hand.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+
+    def take(self, call: _Call) -> None:
+        kind = call.kind
+        with self._lock:
+            if self._closed:
+                raise _closed()
+            if not self._working:
+                self._pool.submit(self._work)
+                self._working = True
+            self._waiting.setdefault(kind, deque()).append(call)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            left = self._all()
+        for call in left:
+            if call.future.set_running_or_notify_cancel():
+                call.future.set_exception(_closed())
+        self._pool.shutdown()
+
+    def _work(self) -> None:
+        group: list[_Call] = []
+        try:
+            while group := self._next():
+                self._serve(group)
+        except BaseException as error:  # SystemExit and the like would end the thread, and leave all who wait hanging
+            with self._lock:
+                self._working = False
+                left = self._all()
+            for call in (*group, *left):
+                if not call.future.done() and (call.future.running() or call.future.set_running_or_notify_cancel()):
+                    crash = EngineCrashedError(f"the thread that routes prompts died of {error!r}; ask again")
+                    crash.__cause__ = error
+                    call.future.set_exception(crash)
+
+    def _next(self) -> list[_Call]:
+        """The calls to route now, of one kind; none where no call waits."""
+        group: list[_Call] = []
+        with self._lock:
+            while self._waiting and not group:
+                kind, calls = self._waiting.popitem(last=False)
+                size = 0
+                while calls and (not size or size + len(calls[0].prompts) <= _GROUP):
+                    call = calls.popleft()
+                    if call.future.set_running_or_notify_cancel():
+                        group.append(call)
+                        size += len(call.prompts)
+                if calls:
+                    self._waiting[kind] = calls
+            self._working = bool(group)
+        return group
+
+    def _serve(self, group: Sequence[_Call]) -> None:
+        if not self._settle(group):
+            for call in group:
+                self._settle([call])
+
+    def _settle(self, group: Sequence[_Call]) -> bool:
+        """Give each call its routes or its error; False where there is an error and nobody knows whose."""
+        prompts = [prompt for call in group for prompt in call.prompts]
+        try:
+            routes = self._route(prompts, group[0].base_model, group[0].routing)
+            assert len(routes) == len(prompts), "one route for each prompt"
+        except RegistryError as error:
+            # It is not about the prompts. Asking again for each call may mean to wait as often for a locked database.
+            for call in group:
+                call.future.set_exception(_like(error))
+        except Exception as error:
+            if len(group) > 1:
+                return False
+            group[0].future.set_exception(_bearable(error))
+        else:
+            rest = iter(routes)
+            for call in group:
+                call.future.set_result([next(rest) for _ in call.prompts])
+        return True
+
+    def _all(self) -> list[_Call]:
+        """Everything that waits, which then waits no more."""
+        left = [call for calls in self._waiting.values() for call in calls]
+        self._waiting.clear()
+        return left
+
+
+def _like(error: RegistryError) -> RegistryError:
+    """The same error for one caller: raising writes into it, so that several cannot share one."""
+    like = type(error).__new__(type(error), *error.args)
+    like.__dict__.update(error.__dict__)
+    like.__cause__ = error.__cause__
+    return like.with_traceback(error.__traceback__)
+
+
+def _bearable(error: Exception) -> Exception:
+    """asyncio's futures refuse StopIteration, and whoever awaits them would wait for ever."""
+    if not isinstance(error, StopIteration):
+        return error
+    told = RuntimeError("routing raised StopIteration")
+    told.__cause__ = error
+    return told
+
+
+def _closed() -> EngineClosedError:
+    return EngineClosedError("this hub was closed; open it again")
+
+
+def _too_late(timeout_s: float | None) -> DeadlineExceededError:
+    return DeadlineExceededError(f"the prompts had no routes within timeout_s={timeout_s}; give more time, or fewer")

@@ -1,0 +1,244 @@
+"""The rows of one forward pass as the layers need them: which rows of the pool, and how their activations mix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from lora_hub_sdk.composition.terms import RouteTerms
+from lora_hub_sdk.engine.forms import Form, choose_form
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lora_hub_sdk.engine.rank_pool import Table
+
+
+@dataclass(frozen=True)
+class RowLora:
+    """One row: its route's terms, and the rows of the pool where their ranks lie, R of them."""
+
+    terms: RouteTerms
+    ranks: tuple[int, ...]
+
+
+class BatchLora:
+    """b rows, S ranks of all of them together. Made anew whenever the rows change; its tensors are made when asked for.
+
+    All mixings go by positions: rank s of the batch becomes sum_j ``weights[s, j]`` * h[``partners[s, j]``].
+    """
+
+    def __init__(self, rows: Sequence[RowLora], *, device: torch.device, dtype: torch.dtype) -> None:
+        self.rows = tuple(rows)
+        self.device, self.dtype = device, dtype
+        self._routes = list(dict.fromkeys(self.rows))
+        self._lookups: dict[int, Lookup] = {}
+        self._padded: dict[int, Padded] = {}
+        self._dense: dict[tuple[str, ...], DenseTable] = {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row has any adapter."""
+        return not any(row.ranks for row in self.rows)
+
+    def form(self, tokens: int) -> Form:
+        """The form of a pass with ``tokens`` of each row."""
+        if self.empty:
+            return "shared"
+        return choose_form(
+            on_cpu=self.device.type == "cpu",
+            tokens=tokens,
+            routes=len(self._routes),
+            looked_up=sum(len(row.ranks) for row in self.rows),
+            different=len(self.different),
+        )
+
+    @cached_property
+    def different(self) -> tuple[int, ...]:
+        """The different ranks of the pool that any row has."""
+        return tuple(dict.fromkeys(rank for row in self.rows for rank in row.ranks))
+
+    # -- shared -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def shared(self) -> Shared:
+        """The one route of all rows."""
+        import torch
+
+        row = self.rows[0]
+        mixing = torch.zeros(len(row.ranks), len(row.ranks))
+        for own, (partners, weights) in enumerate(zip(row.terms.partners, row.terms.weights, strict=True)):
+            mixing[own, list(partners)] = torch.tensor(weights)
+        diagonal = all(len(partners) == 1 for partners in row.terms.partners)
+        return Shared(
+            self._index(row.ranks),
+            self._weights(mixing.diagonal() if diagonal else mixing.t()),
+            diagonal,
+        )
+
+    # -- lookup -------------------------------------------------------------------------------------------------------
+
+    def lookup(self, members: int) -> Lookup:
+        """Indices into a table of ``members`` modules side by side."""
+        if members not in self._lookups:
+            import torch
+
+            flat, starts, owners = self._flat
+            each = torch.arange(members, device=self.device)[:, None]
+            self._lookups[members] = Lookup(
+                (flat * members + each).reshape(-1),
+                (starts + each * len(flat)).reshape(-1),
+                owners.repeat(members),
+            )
+        return self._lookups[members]
+
+    @cached_property
+    def partners(self) -> Tensor | None:
+        """(S, J) positions among the S ranks, or None where each rank mixes with itself alone."""
+        if all(len(partners) == 1 for row in self.rows for partners in row.terms.partners):
+            return None
+        import torch
+
+        width = max(len(partners) for row in self.rows for partners in row.terms.partners)
+        found, start = [], 0
+        for row in self.rows:
+            for partners in row.terms.partners:
+                found += [[start + one for one in partners] + [start] * (width - len(partners))]
+            start += len(row.ranks)
+        return torch.tensor(found, device=self.device)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """(S, J), or (S) where J is 1."""
+        import torch
+
+        width = max((len(weights) for row in self.rows for weights in row.terms.weights), default=1)
+        found = [[*weights, *[0.0] * (width - len(weights))] for row in self.rows for weights in row.terms.weights]
+        table = self._weights(torch.tensor(found))
+        return table[:, 0] if width == 1 else table
+
+    def mix_(self, hidden: Tensor) -> Tensor:
+        """hidden (..., S) -> (..., S), in place where that is possible."""
+        if self.partners is None:
+            return hidden.mul_(self.weights)
+        return (hidden[..., self.partners] * self.weights).sum(-1)
+
+    @cached_property
+    def _flat(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The S pool rows; where each batch row's begin; to which batch row each belongs."""
+        import torch
+
+        sizes = [len(row.ranks) for row in self.rows]
+        owners = [place for place, size in enumerate(sizes) for _ in range(size)]
+        starts = list(accumulate(sizes, initial=0))[:-1]
+        return (
+            self._index([rank for row in self.rows for rank in row.ranks]),
+            torch.tensor(starts, device=self.device),
+            torch.tensor(owners, dtype=torch.long, device=self.device),
+        )
+
+    # -- gather -------------------------------------------------------------------------------------------------------
+
+    def padded(self, members: int) -> Padded:
+        """The rows' ranks side by side, filled up with the pool's row of zeros."""
+        if members not in self._padded:
+            import torch
+
+            ranks, partners, weights = self._padding
+            each = torch.arange(members, device=self.device)[:, None]
+            alone = partners.shape[-1] == 1
+            self._padded[members] = Padded(
+                (ranks[:, None] * members + each).reshape(-1),
+                None if alone else partners,
+                weights.view(len(ranks), 1, -1).repeat(1, 1, members) if alone else weights,
+            )
+        return self._padded[members]
+
+    @cached_property
+    def _padding(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ranks (b, R), partners (b, R, J) by their place in the row, and weights (b, R, J)."""
+        import torch
+
+        width = max(len(row.ranks) for row in self.rows)
+        depth = max((len(one) for row in self.rows for one in row.terms.partners), default=1)
+        ranks, partners, weights = [], [], []
+        for row in self.rows:
+            missing = width - len(row.ranks)
+            ranks.append([*row.ranks, *[0] * missing])
+            partners.append([[*one, *[0] * (depth - len(one))] for one in (*row.terms.partners, *[()] * missing)])
+            weights.append([[*one, *[0.0] * (depth - len(one))] for one in (*row.terms.weights, *[()] * missing)])
+        return self._index(ranks), torch.tensor(partners, device=self.device), self._weights(torch.tensor(weights))
+
+    # -- dense --------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """For each of the S ranks its batch row, and its place among ``different``."""
+        place = {rank: at for at, rank in enumerate(self.different)}
+        return self._flat[2], self._index([place[rank] for row in self.rows for rank in row.ranks])
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """The mapping matrix M by ranks, (b, T), for rows that mix nothing (paper section 4.3)."""
+        import torch
+
+        matrix = torch.zeros(len(self.rows), len(self.different), dtype=self.dtype, device=self.device)
+        matrix[self.positions] = self.weights
+        return matrix
+
+    def dense(self, table: Table) -> DenseTable:
+        """The T different ranks of a table, copied side by side once a batch."""
+        if table.paths not in self._dense:
+            index = self._index(self.different)
+            self._dense[table.paths] = DenseTable(
+                table.a[index].transpose(0, 1).reshape(-1, table.a.shape[-1]),
+                [one for tensor in table.b for one in tensor[index].transpose(0, 1).contiguous()],
+            )
+        return self._dense[table.paths]
+
+    def _index(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        import torch
+
+        return torch.tensor(values, dtype=torch.long, device=self.device)
+
+    def _weights(self, values: Tensor) -> Tensor:
+        return values.to(self.device, self.dtype)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """``index`` (R,); ``mixing`` (R,) where ``diagonal``, else (R, R) for h @ mixing."""
+
+    index: Tensor
+    mixing: Tensor
+    diagonal: bool
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """``index`` and ``owners`` (members * S,), ``offsets`` (members * b,)."""
+
+    index: Tensor
+    offsets: Tensor
+    owners: Tensor
+
+
+@dataclass(frozen=True)
+class Padded:
+    """``index`` (b * members * R,); ``partners`` and ``weights`` (b, R, J), or None and (b, 1, members * R)."""
+
+    index: Tensor
+    partners: Tensor | None
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class DenseTable:
+    """``a`` (n * T, d_in); for each module ``b`` (T, d_out)."""
+
+    a: Tensor
+    b: list[Tensor]
