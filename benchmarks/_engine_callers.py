@@ -24,7 +24,8 @@ from benchmarks._systems import request
 from benchmarks._workload import Model, Sizes, build_workload, random_prompt
 from lora_hub_sdk import LoraHub
 from lora_hub_sdk.demo import demo_adapters
-from lora_hub_sdk.engine.engine import Engine, Request
+from lora_hub_sdk.engine.engine import Engine
+from lora_hub_sdk.engine.request import Request
 from lora_hub_sdk.types import Adapter, Completion
 
 #: Throughput of single calls at once / of one batch.
@@ -45,7 +46,7 @@ def measure_calls(reference: str, folders: Sequence[Path], dtype: str, sizes: Si
     """
     tasks = demo_adapters()
     prompts = [tasks[place % len(tasks)].heldout[place // len(tasks)].inputs for place in range(calls)]
-    with TemporaryDirectory(prefix="lora-hub-bench-") as folder, LoraHub(f"{folder}/hub.db") as hub:
+    with TemporaryDirectory(prefix="lora-hub-bench-") as folder, LoraHub(f"{folder}/hub.db", offline=True) as hub:
         for task, own in zip(tasks, folders, strict=True):
             hub.register(own, name=task.name, base_model=reference, samples=task.samples)
         model: Any = LoraRetrieverLLM

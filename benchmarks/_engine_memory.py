@@ -31,7 +31,7 @@ def measure_memory(model: Model, adapters: Sequence[Adapter], sizes: Sizes) -> R
         bare = EngineSystem("base", engine, workload, workload.base)
         mixture = EngineSystem("mixture", engine, workload, workload.mixture)
         own = _composing(base, mixture, bare)
-        held = engine.metrics.stats().device.held_bytes
+        held = engine.stats().device.held_bytes
     plain = model.load()
     einsum = EinsumSystem("einsum", plain, workload, workload.mixture)
     other = _composing(plain, einsum, GenerateSystem("transformers", plain, plain.model, workload))

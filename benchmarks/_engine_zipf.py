@@ -16,7 +16,8 @@ from benchmarks._rounds import in_turns
 from benchmarks._systems import request
 from benchmarks._workload import Model, Sizes, mixture_of, random_prompt
 from lora_hub_sdk.engine.adapter_file import load_factors
-from lora_hub_sdk.engine.engine import Engine, Request
+from lora_hub_sdk.engine.engine import Engine
+from lora_hub_sdk.engine.request import Request
 from lora_hub_sdk.types import Adapter, Completion
 
 #: Throughput with memory for some / with memory for all.
@@ -91,7 +92,7 @@ def answer_all(engine: Engine, stream: Sequence[Request], callers: int) -> list[
 
 
 def _held(engine: Engine) -> dict[str, Any]:
-    stats = engine.metrics.stats()
+    stats = engine.stats()
     return {
         "host_adapters": stats.host.adapters,
         "host_evictions": stats.host.evictions,

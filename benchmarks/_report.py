@@ -38,9 +38,10 @@ class Report:
         console = Console()
         console.print(f"{self.machine}\n{self.settings}", markup=False, highlight=False)
         console.print(_table("system", self.systems))
-        console.print(_table("ratio", self.ratios))
+        if self.ratios:
+            console.print(_table("ratio", self.ratios))
         for name, found in self.agree.items():
-            console.print(f"{name}: {found['rows_equal']} of {found['rows']} rows give the same tokens", markup=False)
+            console.print(f"{name}: {found['rows_equal']} of {found['rows']} rows", markup=False)
 
 
 @dataclass(frozen=True)

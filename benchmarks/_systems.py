@@ -12,7 +12,8 @@ from lora_hub_sdk.composition.mapping import build_plan
 from lora_hub_sdk.composition.reference import mixture_einsum, stack_padded
 from lora_hub_sdk.engine.adapter_file import load_factors
 from lora_hub_sdk.engine.base_model import BaseModel
-from lora_hub_sdk.engine.engine import Engine, Request
+from lora_hub_sdk.engine.engine import Engine
+from lora_hub_sdk.engine.request import Request
 from lora_hub_sdk.types import Adapter, Route, Sampling
 
 if TYPE_CHECKING:

@@ -59,7 +59,8 @@ class Sizes:
     @classmethod
     def of(cls, options: Namespace) -> Sizes:
         """From the options of a command line."""
-        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
+        given = cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
+        return replace(given, shortest=min(given.shortest, given.prompt_tokens))
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,13 @@ def measure(
     tokens = sizes.batch * sizes.new_tokens
     return Report(
         machine=machine(),
-        settings={"base_model": model.id, "dtype": model.dtype, **asdict(sizes), "adapters": len(adapters)},
+        settings={
+            "part": "steps",
+            "base_model": model.id,
+            "dtype": model.dtype,
+            **asdict(sizes),
+            "adapters": len(adapters),
+        },
         systems={name: _throughput(taken, tokens) | first.get(name, {}) for name, taken in seconds.items()},
         ratios={
             f"{own} / {other}": _ratio(seconds, own, other, bound)

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 from benchmarks._engine_cold import measure_cold
+from benchmarks._engine_forms import measure_forms
 from benchmarks._engine_memory import measure_memory
 from benchmarks._engine_zipf import measure_zipf
 from benchmarks._report import Report
@@ -85,12 +86,18 @@ def _cold(model: Model, folder: Path, options: argparse.Namespace) -> Iterator[R
     yield measure_cold(model, random_adapters(folder, model.folder, options.cold + 2, sizes.rank), sizes)
 
 
+def _forms(model: Model, folder: Path, options: argparse.Namespace) -> Iterator[Report]:
+    sizes = Sizes.of(options)
+    yield measure_forms(model, random_adapters(folder, model.folder, sizes.adapters, sizes.rank), sizes)
+
+
 PARTS: Final[Mapping[str, Part]] = {
     "steps": _steps,
     "memory": _memory,
     "zipf": _zipf,
     "callers": _callers,
     "cold": _cold,
+    "forms": _forms,
 }
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from langchain_lora_hub import LoraRetrieverLLM
 
     from lora_hub_sdk.engine.base_model import ModelSettings
+    from lora_hub_sdk.engine.metrics import EngineStats
+    from lora_hub_sdk.engine.settings import EngineSettings
     from lora_hub_sdk.errors import LoraHubError
     from lora_hub_sdk.hub import LoraHub
     from lora_hub_sdk.intake import AdapterRequest, RegisterOutcome
@@ -35,15 +37,18 @@ if TYPE_CHECKING:
         Routing,
         Sampling,
         Score,
+        Timing,
         Trace,
         Usage,
     )
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = [
     "Adapter",
     "AdapterRequest",
     "Completion",
+    "EngineSettings",
+    "EngineStats",
     "Evaluation",
     "Event",
     "Hit",
@@ -63,6 +68,7 @@ __all__ = [
     "Sampling",
     "Score",
     "Task",
+    "Timing",
     "Trace",
     "TrainingReport",
     "Usage",
@@ -84,12 +90,15 @@ _TYPES: Final = (
     "Routing",
     "Sampling",
     "Score",
+    "Timing",
     "Trace",
     "Usage",
 )
 _HOME: Final = {
     **dict.fromkeys(_TYPES, "lora_hub_sdk.types"),
     **dict.fromkeys(("AdapterRequest", "RegisterOutcome"), "lora_hub_sdk.intake"),
+    "EngineSettings": "lora_hub_sdk.engine.settings",
+    "EngineStats": "lora_hub_sdk.engine.metrics",
     "Limits": "lora_hub_sdk.registry.admission",
     "LoraHub": "lora_hub_sdk.hub",
     "LoraHubError": "lora_hub_sdk.errors",

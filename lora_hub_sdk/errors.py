@@ -45,7 +45,12 @@ Where people already catch a standard type (``ValueError``, ``LookupError``), th
     └── GenerationError
         ├── EmptyPromptError (ValueError)
         ├── PromptTooLongError (ValueError)
-        └── EngineClosedError (RuntimeError)
+        ├── EngineClosedError (RuntimeError)
+        ├── EngineBusyError                    too many requests wait already
+        ├── DeadlineExceededError (TimeoutError)
+        ├── RequestCancelledError
+        ├── EngineMemoryError (MemoryError)    one request alone is too large
+        └── EngineCrashedError (RuntimeError)
 """
 
 from __future__ import annotations

@@ -5,14 +5,19 @@ from __future__ import annotations
 import getpass
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator, Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, aclosing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from lora_hub_sdk.composition.desk import RoutingDesk
 from lora_hub_sdk.composition.router import Router
-from lora_hub_sdk.errors import AdapterChangedError, ConfigurationError, EngineClosedError, LoraHubError
+from lora_hub_sdk.engine.call import Call
+from lora_hub_sdk.engine.engines import Engines
+from lora_hub_sdk.engine.settings import EngineSettings
+from lora_hub_sdk.errors import AdapterChangedError, ConfigurationError, LoraHubError
 from lora_hub_sdk.intake import AdapterRequest, Intake, Reference, RegisterOutcome
 from lora_hub_sdk.models import BaseModels
 from lora_hub_sdk.registry.admission import Limits, ModuleShapes
@@ -46,11 +51,11 @@ from lora_hub_sdk.types import (
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from lora_hub_sdk.composition.factors import AdapterFactors
+    from lora_hub_sdk.engine.adapter_file import Unverified
     from lora_hub_sdk.engine.base_model import ModelSettings
     from lora_hub_sdk.engine.engine import Engine
+    from lora_hub_sdk.engine.metrics import EngineStats
     from lora_hub_sdk.engine.prompt import Overflow, Template
-    from lora_hub_sdk.engine.request import Request
     from lora_hub_sdk.registry.discovery import Candidate
     from lora_hub_sdk.registry.inspection import Inspection
     from lora_hub_sdk.retriever.calibration import Calibration
@@ -70,6 +75,7 @@ Names = list[str]
 Outcomes = list[RegisterOutcome]
 Routes = list[Route]
 Scores = list[Score]
+Stats = list["EngineStats"]
 
 
 class LoraHub:
@@ -98,6 +104,7 @@ class LoraHub:
         actor: who is written into the events; the user of this process where nobody is named.
         rerank: whether searches put the 50 nearest adapters in order by their samples' words too; None is what the
             encoder's settings say: yes for those that ``train_retriever`` made, no for others.
+        engines: how much each engine may hold and run at once.
 
     Raises:
         SchemaError: the database is of another version, or no registry.
@@ -119,8 +126,9 @@ class LoraHub:
         offline: bool = False,
         actor: str | None = None,
         rerank: bool | None = None,
+        engines: EngineSettings | None = None,
     ) -> None:
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._endpoint = endpoint
         self._token = token
         self._offline = offline
@@ -155,7 +163,14 @@ class LoraHub:
                 owner=None if pulled.is_local else pulled.repo_id.partition("/")[0],
             ),
         )
-        self._engines: dict[tuple[str, ModelSettings], Engine] = {}
+        self._router = Router(self._registry, self._retriever)
+        self._desk = RoutingDesk(self._routed)
+        #: The canonical name of each base model that prompts were routed for, by what it was called.
+        self._named: dict[str, str] = {}
+        self._engine_settings = engines or EngineSettings()
+        self._engines = Engines()
+        #: Digests of the contents that engines read.
+        self._read: set[str] = set()
         self._shapes: dict[str, ModuleShapes] = {}
         self._closed = False
 
@@ -295,7 +310,9 @@ class LoraHub:
             keep_samples=keep_samples,
             redact=redact,
         )
-        return self._intake.update(known, request)
+        updated = self._intake.update(known, request)
+        self._forget_unregistered({known.digest})
+        return updated
 
     def pin(self, name: str, *, namespace: str = DEFAULT_NAMESPACE) -> Adapter:
         """Hold an adapter at its present revision: ``update`` refuses to move it until ``unpin``."""
@@ -316,12 +333,17 @@ class LoraHub:
     def gc(self, *, dry_run: bool = False) -> Freed:
         """Free the files of revisions that no adapter has any more, and what broken downloads left.
 
+        This hub's engines forget such revisions too, also those that other processes removed.
+
         Only what this registry itself put into huggingface_hub's cache on this machine is touched; local folders never.
 
         Args:
             dry_run: only tell what would be freed.
         """
-        return collect(self._registry.store, dry_run=dry_run)
+        freed = collect(self._registry.store, dry_run=dry_run)
+        if not dry_run:
+            self._forget_unregistered(self._read)
+        return freed
 
     def discover(
         self, base_model: Reference, query: str | None = None, *, limit: int = 20, include_refused: bool = False
@@ -408,7 +430,9 @@ class LoraHub:
         Raises:
             AdapterNotFoundError: there is none of that name.
         """
-        return self._registry.remove(name, namespace)
+        removed = self._registry.remove(name, namespace)
+        self._forget_unregistered({removed.digest})
+        return removed
 
     def verify(self) -> Verification:
         """Prove that the vector index holds exactly SQL's vectors: every key and every vector is compared."""
@@ -554,9 +578,9 @@ class LoraHub:
         prompts: Sequence[str],
         *,
         base_model: Reference,
-        routing: Routing | None = None,
+        routing: Routing | Sequence[Routing] | None = None,
     ) -> Routes:
-        """How each prompt would be answered, without answering.
+        """How each prompt would be answered, without answering; ``routing`` is one for all prompts, or one for each.
 
         Raises:
             UnknownStrategyError, ConfigurationError: options that make no sense.
@@ -565,8 +589,7 @@ class LoraHub:
             AdapterNotFoundError: a pinned adapter is not registered.
             EmptyPromptError: a prompt without text.
         """
-        router = Router(self._registry, self._retriever)
-        return router.route(prompts, self._base_name(base_model), routing or Routing())
+        return self._routes(Call.of(prompts, base_model, routing))
 
     def train_retriever(
         self,
@@ -679,27 +702,58 @@ class LoraHub:
         prompts: Sequence[str],
         *,
         base_model: Reference,
-        routing: Routing | None = None,
-        sampling: Sampling | None = None,
+        routing: Routing | Sequence[Routing] | None = None,
+        sampling: Sampling | Sequence[Sampling] | None = None,
         template: Template = "auto",
         overflow: Overflow = "cut",
         settings: ModelSettings | None = None,
+        timeout_s: float | Sequence[float | None] | None = None,
     ) -> Completions:
-        """Route all prompts and answer them in one batch, each with its own adapters.
+        """Route all prompts and answer them together, each with its own adapters.
+
+        Calls from any number of threads and asyncio tasks share the engine's batches.
 
         Args:
             base_model: a folder, a Hub id, or the embedded "smollm2-135m-instruct".
-            routing: which adapters, and how they combine; by default a uniform mixture of the three nearest.
-            sampling: how tokens are chosen; by default greedily, at most 128.
+            routing: which adapters, and how they combine, for all prompts or for each; by default a uniform mixture of
+                the three nearest.
+            sampling: how tokens are chosen, for all prompts or for each; by default greedily, at most 128.
             template: see ``engine.prompt.Template``.
             overflow: what happens to a prompt longer than the context: "cut" its front, or "refuse" it.
             settings: how the base model is loaded, the first time it is asked for with these settings.
+            timeout_s: seconds for all prompts or for each, from the call on, routing and loading included.
 
         Raises:
+            DeadlineExceededError: one of the answers was not complete in time; the others are given up.
+            ConfigurationError: a list of options that is not as long as the prompts.
             As ``route``, ``engine`` and ``Engine.generate``.
         """
-        requests = self._requests(prompts, base_model, routing, sampling, template, overflow)
-        return self.engine(base_model, settings).generate(requests)
+        call = Call.of(prompts, base_model, routing, sampling, timeout_s, template, overflow)
+        if not prompts:
+            return []
+        routes = self._routes(call)
+        engine = self._engine_of(call, settings)
+        return engine.generate(call.requests(routes))
+
+    async def agenerate(
+        self,
+        prompts: Sequence[str],
+        *,
+        base_model: Reference,
+        routing: Routing | Sequence[Routing] | None = None,
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        template: Template = "auto",
+        overflow: Overflow = "cut",
+        settings: ModelSettings | None = None,
+        timeout_s: float | Sequence[float | None] | None = None,
+    ) -> Completions:
+        """As ``generate``, without ever blocking the event loop. Cancelling the task gives its prompts up."""
+        call = Call.of(prompts, base_model, routing, sampling, timeout_s, template, overflow)
+        if not prompts:
+            return []
+        routes = await self._aroutes(call)
+        engine = await self._aengine_of(call, settings)
+        return await engine.agenerate(call.requests(routes))
 
     def stream(
         self,
@@ -711,43 +765,73 @@ class LoraHub:
         template: Template = "auto",
         overflow: Overflow = "cut",
         settings: ModelSettings | None = None,
-    ) -> Iterator[str | Completion]:
-        """As ``generate`` for one prompt: pieces of text as they become final, then the whole completion."""
-        (request,) = self._requests([prompt], base_model, routing, sampling, template, overflow)
-        yield from self.engine(base_model, settings).stream(request)
+        timeout_s: float | None = None,
+    ) -> Generator[str | Completion]:
+        """As ``generate`` for one prompt: pieces of text as they become final, then the whole completion.
+
+        Closing the iterator before its end gives the prompt up.
+        """
+        call = Call.of([prompt], base_model, routing, sampling, timeout_s, template, overflow)
+        routes = self._routes(call)
+        engine = self._engine_of(call, settings)
+        yield from engine.stream(*call.requests(routes))
+
+    async def astream(
+        self,
+        prompt: str,
+        *,
+        base_model: Reference,
+        routing: Routing | None = None,
+        sampling: Sampling | None = None,
+        template: Template = "auto",
+        overflow: Overflow = "cut",
+        settings: ModelSettings | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[str | Completion]:
+        """As ``stream``, without ever blocking the event loop. Cancelling the task that reads gives the prompt up."""
+        call = Call.of([prompt], base_model, routing, sampling, timeout_s, template, overflow)
+        routes = await self._aroutes(call)
+        engine = await self._aengine_of(call, settings)
+        async with aclosing(engine.astream(*call.requests(routes))) as pieces:
+            async for piece in pieces:
+                yield piece
 
     def engine(self, base_model: Reference, settings: ModelSettings | None = None) -> Engine:
         """The engine of a base model; loaded on the first call, shared by all later ones with the same settings.
+
+        Engines that are loaded already go on answering meanwhile.
 
         Raises:
             ModelNotFoundError: no source has the model.
             ConfigurationError: settings that this machine cannot serve.
             EngineClosedError: the hub was closed.
         """
-        from lora_hub_sdk.engine.base_model import ModelSettings, load_base_model
-        from lora_hub_sdk.engine.engine import Engine
+        return self._engines.get(*self._making(base_model, self._base_name(base_model), settings))
 
-        key = (self._base_name(base_model), settings or ModelSettings())
-        with self._lock:
-            if self._closed:
-                raise EngineClosedError("this hub was closed; open it again")
-            if key not in self._engines:
-                self._engines[key] = Engine(
-                    load_base_model(self._bases.resolve(base_model), key[1]), load=self._factors_of
-                )
-            return self._engines[key]
+    def stats(self) -> Stats:
+        """What each engine did and holds, for a person to read."""
+        return [engine.stats() for engine in self._engines.loaded()]
+
+    def metrics(self) -> str:
+        """The metrics of all engines as one page in Prometheus' text format."""
+        from lora_hub_sdk.engine.metrics import exposition
+
+        return exposition([engine.metrics for engine in self._engines.loaded()])
 
     # -- end ----------------------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Finish the running batches and release models, index and database. May be called twice."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """Answer what the engines were handed, then release models, index and database. May be called twice.
+
+        Args:
+            timeout_s: what is not answered by then fails with EngineClosedError.
+        """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            for engine in self._engines.values():
-                engine.close()
-            self._engines.clear()
+        self._desk.close()
+        self._engines.close(timeout_s)
         self._registry.close()
 
     def __enter__(self) -> LoraHub:
@@ -758,22 +842,66 @@ class LoraHub:
 
     # -- private ------------------------------------------------------------------------------------------------------
 
-    def _requests(
-        self,
-        prompts: Sequence[str],
-        base_model: Reference,
-        routing: Routing | None,
-        sampling: Sampling | None,
-        template: Template,
-        overflow: Overflow,
-    ) -> Sequence[Request]:
-        from lora_hub_sdk.engine.request import Request
+    def _routed(self, prompts: Sequence[str], base_model: Reference, routing: Routing) -> Routes:
+        """What the desk's threads do."""
+        name = self._base_name(base_model)
+        routes = self._router.route(prompts, name, routing)
+        self._named[os.fspath(base_model)] = name
+        return routes
 
-        routes = self.route(prompts, base_model=base_model, routing=routing)
-        return [
-            Request(prompt, route, sampling or Sampling(), template, overflow)
-            for prompt, route in zip(prompts, routes, strict=True)
-        ]
+    def _routes(self, call: Call) -> Routes:
+        found: dict[int, Route] = {}
+        for routing, places in call.groups():
+            asked = [call.prompts[place] for place in places]
+            routes = self._desk.route(asked, call.base_model, routing, timeout_s=call.left_s)
+            found.update(zip(places, routes, strict=True))
+        return [found[place] for place in range(len(call.prompts))]
+
+    async def _aroutes(self, call: Call) -> Routes:
+        found: dict[int, Route] = {}
+        for routing, places in call.groups():
+            asked = [call.prompts[place] for place in places]
+            routes = await self._desk.aroute(asked, call.base_model, routing, timeout_s=call.left_s)
+            found.update(zip(places, routes, strict=True))
+        return [found[place] for place in range(len(call.prompts))]
+
+    def _engine_of(self, call: Call, settings: ModelSettings | None) -> Engine:
+        key, make = self._making(call.base_model, self._named[os.fspath(call.base_model)], settings)
+        return self._engines.get(key, make, call.left_s)
+
+    async def _aengine_of(self, call: Call, settings: ModelSettings | None) -> Engine:
+        key, make = self._making(call.base_model, self._named[os.fspath(call.base_model)], settings)
+        return await self._engines.aget(key, make, call.left_s)
+
+    def _making(
+        self, base_model: Reference, name: str, settings: ModelSettings | None
+    ) -> tuple[tuple[str, ModelSettings], Callable[[], Engine]]:
+        """Under which key an engine is held, and how it is made."""
+        from lora_hub_sdk.engine.base_model import ModelSettings
+
+        key = (name, settings or ModelSettings())
+        return key, partial(self._make_engine, base_model, key[1])
+
+    def _make_engine(self, base_model: Reference, settings: ModelSettings) -> Engine:
+        from lora_hub_sdk.engine.base_model import load_base_model
+        from lora_hub_sdk.engine.engine import Engine
+
+        chosen = self._engine_settings
+        return Engine(
+            load_base_model(self._bases.resolve(base_model), settings),
+            limits=chosen.limits,
+            host_bytes=chosen.host_bytes,
+            device_bytes=chosen.device_bytes,
+            load=self._factors_of,
+        )
+
+    def _forget_unregistered(self, digests: Collection[str]) -> None:
+        """Have the engines forget those of some contents that no adapter has any more."""
+        read = self._read.intersection(digests)
+        for digest in read - self._registry.store.digests_in_use(read):
+            self._read.discard(digest)
+            for engine in self._engines.loaded():
+                engine.forget(digest)
 
     @overload
     def _base_name(self, base_model: Reference) -> str: ...
@@ -783,12 +911,13 @@ class LoraHub:
         """The canonical name, under which adapters are registered."""
         return None if base_model is None else self._bases.name(base_model, self._registry.base_models)
 
-    def _factors_of(self, adapter: Adapter) -> AdapterFactors:
+    def _factors_of(self, adapter: Adapter) -> Unverified:
         """An adapter's factors; files that somebody took out of the cache are pulled again, at the same commit."""
-        from lora_hub_sdk.engine.adapter_file import load_factors
+        from lora_hub_sdk.engine.adapter_file import open_factors
 
+        self._read.add(adapter.digest)
         try:
-            return load_factors(adapter)
+            return open_factors(adapter)
         except AdapterChangedError as error:
             if os.path.isabs(adapter.repo_id):  # a local folder is its owner's
                 raise
@@ -798,7 +927,7 @@ class LoraHub:
                     pulled = self._source.pull(adapter.repo_id, adapter.revision, lease=lease)
                 except LoraHubError as why:
                     raise AdapterChangedError(f"{error}; pulling it again failed: {why}") from why
-                return load_factors(replace(adapter, folder=pulled.folder))
+                return open_factors(replace(adapter, folder=pulled.folder))
 
     def _shapes_of(self, base: str) -> ModuleShapes:
         from lora_hub_sdk.engine.shapes import module_shapes

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,3 +35,25 @@ class Hashing:
         vectors = np.array(rows).reshape(len(texts), _DIMENSION)
         unit: NDArray[np.float32] = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
         return unit
+
+
+class Gate:
+    """Holds up whoever calls it until it is opened, and keeps what each call was given."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.reached = threading.Event()
+        self._open = threading.Event()
+
+    def __call__(self, given: object = None) -> None:
+        self.calls.append(given)
+        self.reached.set()
+        assert self._open.wait(60), "nobody opened the gate"
+
+    def open(self) -> None:
+        self._open.set()
+
+    def shut(self) -> None:
+        self.calls.clear()
+        self.reached.clear()
+        self._open.clear()

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lora_hub_sdk.engine.shapes import module_shapes
+from lora_hub_sdk.hub import LoraHub
 from lora_hub_sdk.testing import raw_factors, unregistered
-from lora_hub_sdk.types import Adapter, Averaged, Member, Route
+from lora_hub_sdk.types import Adapter, Averaged, Member, Route, Sampling
 
 # Reading a file again for each of 210 modules would be most of the tests' time.
 _shapes = functools.cache(module_shapes)
@@ -110,6 +111,15 @@ class _Patched:
     def __exit__(self, *_: object) -> None:
         for path, weight in self._weights.items():
             weight.data = self._before[path]
+
+
+def endless_prompts(hub: LoraHub, base: Path, count: int) -> list[str]:
+    """Prompts whose greedy answers go round in circles, so that they never end by themselves."""
+    prompts = [f"Add {number} and 4" for number in range(20)]
+    answers = hub.generate(prompts, base_model=base, sampling=Sampling(400))
+    found = [prompt for prompt, answer in zip(prompts, answers, strict=True) if answer.finish_reason == "length"]
+    assert len(found) >= count
+    return found[:count]
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

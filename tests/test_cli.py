@@ -511,6 +511,8 @@ def test_generate_repeats_itself_with_a_seed(filled: Setup) -> None:
         (("--adapter", "nobody"), "AdapterNotFoundError"),
         (("--min-score", "0.1", "-k", "0"), "ConfigurationError"),
         (("--namespace", "empty"), "NoAdaptersError"),
+        (("--timeout", "0"), "ConfigurationError"),
+        (("--timeout", "0.000001"), "DeadlineExceededError"),
     ],
 )
 def test_generate_maps_errors(filled: Setup, options: Sequence[str], error: str) -> None:

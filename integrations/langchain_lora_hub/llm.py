@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, closing
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from langchain_core.callbacks import CallbackManagerForLLMRun
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import get_config_list
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, PrivateAttr
 
 from lora_hub_sdk.composition.strategies import check_routing
 from lora_hub_sdk.engine.base_model import ModelSettings
+from lora_hub_sdk.engine.call import check_timeout
 from lora_hub_sdk.engine.sampling import check_sampling
 from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.hub import LoraHub
@@ -38,18 +41,23 @@ _ROUTING: Final = (
 )
 _SAMPLING: Final = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
 _PROMPT: Final = ("template", "overflow")
+#: What may be given for one call. ``timeout_s`` changes no answer, so it is in no key of a cache.
+_CALL: Final = (*_ROUTING, *_SAMPLING, *_PROMPT, "timeout_s")
 _MODEL: Final = ("dtype", "device", "quantization")
 
 
 class LoraRetrieverLLM(BaseLLM):
     """Finds for each prompt the adapters that fit, composes them, and answers all prompts of a call in one batch.
 
-    ``invoke``, ``batch``, ``ainvoke``, ``abatch`` and ``stream`` work as with any LangChain model; ``batch`` of n
-    prompts is one batch of the engine. Fields of routing and sampling may be given anew with each call
-    (``llm.invoke(prompt, strategy="fusion", k=2)``). Every generation tells its route in ``generation_info["route"]``:
-    ``{"strategy": ..., "adapters": [{"name", "repo_id", "revision", "score", "weight"}, ...]}``; no adapters there
-    means that the base model answered. Beside it, ``["tiers"]`` tells where each of them was found ("device", "host" or
-    "disk"), and ``["timing"]`` where the time went, in seconds (``Timing``).
+    ``invoke``, ``batch``, ``ainvoke``, ``abatch``, ``stream`` and ``astream`` work as with any LangChain model; all
+    calls at one time, from threads and tasks, share the engine's batches. The asynchronous ones never block the event
+    loop, and cancelling their task gives their prompts up.
+
+    Fields of routing and sampling may be given anew with each call (``llm.invoke(prompt, strategy="fusion", k=2)``).
+    Every generation tells its route in ``generation_info["route"]``: ``{"strategy": ..., "adapters": [{"name",
+    "repo_id", "revision", "score", "weight"}, ...]}``; no adapters there means that the base model answered. Beside it,
+    ``["tiers"]`` tells where each of them was found ("device", "host" or "disk"), and ``["timing"]`` where the time
+    went, in seconds (``Timing``).
 
     ``config={"configurable": {"namespace": ...}}`` sets the namespace of one call, also through a chain: a server hands
     its caller's namespace over this way, and the call sees no other adapters.
@@ -92,15 +100,17 @@ class LoraRetrieverLLM(BaseLLM):
     top_k: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    #: Seconds for a call's answers, routing and loading included; ``DeadlineExceededError`` after that.
+    timeout_s: float | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     quantization: Literal["8bit", "4bit"] | None = None
+    _identity: dict[str, Any] | None = PrivateAttr(None)
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)
         # Here and not in a validator, which would wrap our errors into its own.
         self._call({})
-        self._settings()
 
     @property
     def _llm_type(self) -> str:
@@ -109,6 +119,8 @@ class LoraRetrieverLLM(BaseLLM):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         """The key of LangChain's cache: everything that may change an answer, the registry's content included."""
+        if self._identity is not None:
+            return self._identity
         fields = {name: getattr(self, name) for name in (*_ROUTING, *_SAMPLING, *_PROMPT, *_MODEL)}
         if callable(self.template):
             fields["template"] = f"{self.template.__module__}.{self.template.__qualname__}@{id(self.template)}"
@@ -155,8 +167,13 @@ class LoraRetrieverLLM(BaseLLM):
         stop: list[str] | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[str]:
-        async for piece in super().astream(input, config, stop=stop, **_with_namespace(config, kwargs)):
-            yield piece
+        known = await self._identified()
+        pieces: Any = super(LoraRetrieverLLM, known).astream(
+            input, config, stop=stop, **_with_namespace(config, kwargs)
+        )
+        async with aclosing(pieces):
+            async for piece in pieces:
+                yield piece
 
     def batch(
         self,
@@ -198,13 +215,20 @@ class LoraRetrieverLLM(BaseLLM):
         self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
     ) -> LLMResult:
         named, rest = self._taken(kwargs)
-        return await super(LoraRetrieverLLM, named).agenerate(prompts, stop, callbacks, **rest)
+        known = await named._identified()
+        return await super(LoraRetrieverLLM, known).agenerate(prompts, stop, callbacks, **rest)
 
     def _taken(self, kwargs: dict[str, Any]) -> tuple[LoraRetrieverLLM, dict[str, Any]]:
         """This model with what is given for one call, and what of it is LangChain's."""
-        own = {name: value for name, value in kwargs.items() if name in (*_ROUTING, *_SAMPLING, *_PROMPT)}
+        own = {name: value for name, value in kwargs.items() if name in _CALL}
         rest = {name: value for name, value in kwargs.items() if name not in own}
         return (self.model_copy(update=own) if own else self), rest
+
+    async def _identified(self) -> LoraRetrieverLLM:
+        """This model for one call, with its identity: LangChain asks for it on the event loop, and it asks SQL."""
+        known = self.model_copy()
+        known._identity = await asyncio.to_thread(lambda: self._identifying_params)
+        return known
 
     def _generate(
         self,
@@ -213,15 +237,16 @@ class LoraRetrieverLLM(BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        completions = self.hub.generate(
-            prompts, base_model=self.base_model, settings=self._settings(), **self._call(kwargs, stop)
-        )
-        return LLMResult(
-            generations=[
-                [Generation(text=completion.text, generation_info=_info(completion))] for completion in completions
-            ],
-            llm_output={"model_name": str(self.base_model), "token_usage": _usage(completions)},
-        )
+        return self._result(self.hub.generate(prompts, **self._call(kwargs, stop)))
+
+    async def _agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        return self._result(await self.hub.agenerate(prompts, **self._call(kwargs, stop)))
 
     def _stream(
         self,
@@ -230,17 +255,34 @@ class LoraRetrieverLLM(BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        pieces = self.hub.stream(
-            prompt, base_model=self.base_model, settings=self._settings(), **self._call(kwargs, stop)
+        with closing(self.hub.stream(prompt, **self._call(kwargs, stop))) as pieces:
+            for piece in pieces:
+                chunk = _chunk(piece)
+                if chunk.text and run_manager is not None:
+                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
+
+    async def _astream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[GenerationChunk]:
+        async with aclosing(self.hub.astream(prompt, **self._call(kwargs, stop))) as pieces:
+            async for piece in pieces:
+                chunk = _chunk(piece)
+                if chunk.text and run_manager is not None:
+                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
+
+    def _result(self, completions: list[Completion]) -> LLMResult:
+        return LLMResult(
+            generations=[
+                [Generation(text=completion.text, generation_info=_info(completion))] for completion in completions
+            ],
+            llm_output={"model_name": str(self.base_model), "token_usage": _usage(completions)},
         )
-        for piece in pieces:
-            if isinstance(piece, Completion):
-                yield GenerationChunk(text="", generation_info=_info(piece))
-                continue
-            chunk = GenerationChunk(text=piece)
-            if run_manager is not None:
-                run_manager.on_llm_new_token(piece, chunk=chunk)
-            yield chunk
 
     def _settings(self) -> ModelSettings:
         return ModelSettings(self.dtype, self.device, self.quantization)
@@ -251,15 +293,14 @@ class LoraRetrieverLLM(BaseLLM):
         Raises:
             ConfigurationError: a keyword that is no field, or a value that makes no sense.
         """
-        unknown = sorted(kwargs.keys() - {*_ROUTING, *_SAMPLING, *_PROMPT})
+        unknown = sorted(kwargs.keys() - {*_CALL})
         if unknown:
             raise ConfigurationError(
-                f"{', '.join(unknown)}: cannot be given for one call; these can: "
-                f"{', '.join((*_ROUTING, *_SAMPLING, *_PROMPT))}"
+                f"{', '.join(unknown)}: cannot be given for one call; these can: {', '.join(_CALL)}"
             )
         if stop is not None:
             kwargs = {**kwargs, "stop": stop}
-        value = {name: kwargs.get(name, getattr(self, name)) for name in (*_ROUTING, *_SAMPLING, *_PROMPT)}
+        value = {name: kwargs.get(name, getattr(self, name)) for name in _CALL}
         value["tags"] = value.pop("adapter_tags")
         for name in ("adapters", "exclude", "tags", "licenses", "scores", "stop"):
             value[name] = None if value[name] is None else tuple(value[name])
@@ -267,11 +308,15 @@ class LoraRetrieverLLM(BaseLLM):
         routing = Routing(**{name: value[name] for name in (*_ROUTING[:-1], "tags")})
         check_sampling(sampling)
         check_routing(routing)
+        check_timeout(value["timeout_s"])
         return {
+            "base_model": self.base_model,
+            "settings": self._settings(),
             "routing": routing,
             "sampling": sampling,
             "template": value["template"],
             "overflow": value["overflow"],
+            "timeout_s": value["timeout_s"],
         }
 
 
@@ -291,6 +336,13 @@ def _by_namespace(
     for places in groups.values():
         chosen, of = [inputs[place] for place in places], [configs[place] for place in places]
         yield places, chosen, of, _with_namespace(of[0], kwargs)
+
+
+def _chunk(piece: str | Completion) -> GenerationChunk:
+    """A piece of text; the completion at the end has the facts."""
+    if isinstance(piece, Completion):
+        return GenerationChunk(text="", generation_info=_info(piece))
+    return GenerationChunk(text=piece)
 
 
 def _info(completion: Completion) -> dict[str, Any]:

@@ -98,6 +98,7 @@ def generate(
     template: Annotated[
         Literal["auto", "chat", "alpaca", "none"], typer.Option(help="How a prompt is framed for the model.")
     ] = "auto",
+    timeout: Annotated[float | None, typer.Option(help="Give up after so many seconds.")] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Number format of the base model.")
     ] = "auto",
@@ -132,6 +133,7 @@ def generate(
             sampling=Sampling(max_new_tokens, temperature, seed=seed, stop=tuple(stop or ())),
             template=None if template == "none" else template,
             settings=ModelSettings(dtype),
+            timeout_s=timeout,
         )
     pairs = list(zip(texts, completions, strict=True))
     data = [_completion_data(text, completion) for text, completion in pairs]

@@ -10,7 +10,8 @@ import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -26,6 +27,8 @@ RouteBatch = Callable[[Sequence[str], BaseModel, Routing], list[Route]]
 _GROUP: Final = 64
 #: A call of more is a batch by itself; it must not hold up those of one prompt.
 _LARGE: Final = 32
+#: A call may have thousands; between so many it is seen whether somebody still waits for them.
+_PART: Final = 256
 
 
 class RoutingDesk:
@@ -44,6 +47,8 @@ class RoutingDesk:
 
     def submit(self, prompts: Sequence[str], base_model: BaseModel, routing: Routing) -> Future[list[Route]]:
         """One route for each prompt, in their order, as soon as they are known; cancelling takes the call back.
+
+        The future is never marked as running, so it can be cancelled until it is done.
 
         The future fails as ``Router.route`` does, by no other caller's fault; with EngineClosedError where the desk is
         closed first; with EngineCrashedError where the thread behind it was told to exit.
@@ -91,9 +96,15 @@ class RoutingDesk:
             raise
 
     def close(self) -> None:
-        """Finish what is being routed, fail what waits, and refuse what comes. May be called twice."""
-        for window in (self._searches, self._large, self._lookups):
-            window.close()
+        """Finish what is being routed, large calls excepted, fail what waits, and refuse what comes.
+
+        May be called twice.
+        """
+        windows = (self._searches, self._large, self._lookups)
+        for window in windows:
+            window.refuse()
+        for window in windows:
+            window.join()
 
     def _window_for(self, call: _Call) -> _Window:
         if call.routing.adapters is not None or get_strategy(call.routing.strategy).limit == 0:
@@ -114,6 +125,14 @@ class _Call:
     def kind(self) -> tuple[str, str]:
         """Calls of one kind can be routed together. Not the routing itself: it may hold lists, and 1 equals True."""
         return os.fspath(self.base_model), repr(self.routing)
+
+    def resolve(self, routes: list[Route]) -> None:
+        with suppress(InvalidStateError):  # taken back meanwhile
+            self.future.set_result(routes)
+
+    def fail(self, error: Exception) -> None:
+        with suppress(InvalidStateError):
+            self.future.set_exception(error)
 
 
 class _Window:
@@ -138,13 +157,14 @@ class _Window:
                 self._working = True
             self._waiting.setdefault(kind, deque()).append(call)
 
-    def close(self) -> None:
+    def refuse(self) -> None:
         with self._lock:
             self._closed = True
             left = self._all()
         for call in left:
-            if call.future.set_running_or_notify_cancel():
-                call.future.set_exception(_closed())
+            call.fail(_closed())
+
+    def join(self) -> None:
         self._pool.shutdown()
 
     def _work(self) -> None:
@@ -157,10 +177,9 @@ class _Window:
                 self._working = False
                 left = self._all()
             for call in (*group, *left):
-                if not call.future.done() and (call.future.running() or call.future.set_running_or_notify_cancel()):
-                    crash = EngineCrashedError(f"the thread that routes prompts died of {error!r}; ask again")
-                    crash.__cause__ = error
-                    call.future.set_exception(crash)
+                crash = EngineCrashedError(f"the thread that routes prompts died of {error!r}; ask again")
+                crash.__cause__ = error
+                call.fail(crash)
 
     def _next(self) -> list[_Call]:
         """The calls to route now, of one kind; none where no call waits."""
@@ -171,7 +190,7 @@ class _Window:
                 size = 0
                 while calls and (not size or size + len(calls[0].prompts) <= _GROUP):
                     call = calls.popleft()
-                    if call.future.set_running_or_notify_cancel():
+                    if not call.future.cancelled():
                         group.append(call)
                         size += len(call.prompts)
                 if calls:
@@ -186,29 +205,42 @@ class _Window:
 
     def _settle(self, group: Sequence[_Call]) -> bool:
         """Give each call its routes or its error; False where there is an error and nobody knows whose."""
-        prompts = [prompt for call in group for prompt in call.prompts]
         try:
-            routes = self._route(prompts, group[0].base_model, group[0].routing)
-            assert len(routes) == len(prompts), "one route for each prompt"
+            routes = iter(self._routes(group))
         except RegistryError as error:
             # It is not about the prompts. Asking again for each call may mean to wait as often for a locked database.
             for call in group:
-                call.future.set_exception(_like(error))
+                call.fail(_like(error))
         except Exception as error:
             if len(group) > 1:
                 return False
-            group[0].future.set_exception(_bearable(error))
+            group[0].fail(_bearable(error))
         else:
-            rest = iter(routes)
             for call in group:
-                call.future.set_result([next(rest) for _ in call.prompts])
+                call.resolve([next(routes) for _ in call.prompts])
         return True
+
+    def _routes(self, group: Sequence[_Call]) -> list[Route]:
+        prompts = [prompt for call in group for prompt in call.prompts]
+        routes: list[Route] = []
+        for start in range(0, len(prompts), _PART):
+            if start and self._closed:
+                raise _closed()
+            if all(call.future.cancelled() for call in group):
+                raise _NobodyWaitsError
+            routes += self._route(prompts[start : start + _PART], group[0].base_model, group[0].routing)
+        assert len(routes) == len(prompts), "one route for each prompt"
+        return routes
 
     def _all(self) -> list[_Call]:
         """Everything that waits, which then waits no more."""
         left = [call for calls in self._waiting.values() for call in calls]
         self._waiting.clear()
         return left
+
+
+class _NobodyWaitsError(Exception):
+    """Every caller of a group took its call back."""
 
 
 def _like(error: RegistryError) -> RegistryError:

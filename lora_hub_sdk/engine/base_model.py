@@ -12,6 +12,7 @@ from lora_hub_sdk.engine.linear import Product, linear_products
 from lora_hub_sdk.engine.shapes import linear_shapes
 from lora_hub_sdk.errors import ConfigurationError, ModelDamagedError
 from lora_hub_sdk.models import ResolvedModel
+from lora_hub_sdk.models.loading import LOADING
 
 if TYPE_CHECKING:
     import torch
@@ -91,12 +92,13 @@ def load_base_model(resolved: ResolvedModel, settings: ModelSettings | None = No
     dtype: Any = settings.dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
-    model = AutoModelForCausalLM.from_pretrained(
-        resolved.folder,
-        dtype=dtype,
-        quantization_config=_quantization(settings.quantization, dtype),
-        device_map=device,
-    )
+    with LOADING:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolved.folder,
+            dtype=dtype,
+            quantization_config=_quantization(settings.quantization, dtype),
+            device_map=device,
+        )
     model.requires_grad_(False)  # from_pretrained leaves it in evaluation mode
     eos_ids = _eos_ids(model, tokenizer)
     return BaseModel(

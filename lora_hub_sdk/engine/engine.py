@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -14,12 +16,14 @@ from typing import TYPE_CHECKING, Any, Final
 from lora_hub_sdk.engine.adapter_file import Unverified, open_factors
 from lora_hub_sdk.engine.adapter_store import AdapterStore
 from lora_hub_sdk.engine.base_model import BaseModel
+from lora_hub_sdk.engine.call import check_timeout
 from lora_hub_sdk.engine.prompt import EncodedPrompt, PromptEncoder
 from lora_hub_sdk.engine.rank_pool import RankPool
 from lora_hub_sdk.engine.request import Job, Request
 from lora_hub_sdk.engine.row import Row
 from lora_hub_sdk.engine.sampling import check_sampling
 from lora_hub_sdk.engine.scheduler import Limits
+from lora_hub_sdk.engine.settings import HOST_BYTES
 from lora_hub_sdk.engine.ticket import Ticket
 from lora_hub_sdk.engine.worker import Worker
 from lora_hub_sdk.errors import ConfigurationError, EngineBusyError
@@ -29,12 +33,13 @@ if TYPE_CHECKING:
     from lora_hub_sdk.composition.factors import AdapterFactors
     from lora_hub_sdk.engine.metrics import EngineMetrics, EngineStats
 
-_HOST_BYTES: Final = 1 << 30
 #: On a CPU; on a GPU so much of the memory that is free once the model is there.
 _DEVICE_BYTES: Final = 2 << 30
 _CACHE_BYTES: Final = 2 << 30
 _DEVICE_SHARE: Final = 0.2
 _CACHE_SHARE: Final = 0.6
+#: Characters that an event loop may encode itself.
+_SHORT: Final = 4096
 
 
 class Engine:
@@ -58,7 +63,7 @@ class Engine:
         base: BaseModel,
         *,
         limits: Limits | None = None,
-        host_bytes: int = _HOST_BYTES,
+        host_bytes: int = HOST_BYTES,
         device_bytes: int | None = None,
         load: Callable[[Adapter], AdapterFactors | Unverified] = open_factors,
     ) -> None:
@@ -71,7 +76,8 @@ class Engine:
         self._worker = Worker(base, pool, AdapterStore(host_bytes, load), limits)
         self._limits = limits
         self._ids = count(1)
-        self._tokenizing = threading.Lock()  # tokenizers are not safe to share between threads
+        self._tokenizing = threading.RLock()  # tokenizers are not safe to share between threads
+        self._aside = ThreadPoolExecutor(1, "lora-hub-tokenize")
 
     # -- seeing it ----------------------------------------------------------------------------------------------------
 
@@ -104,7 +110,7 @@ class Engine:
 
     def submit_many(self, requests: Sequence[Request]) -> list[Ticket]:
         """As ``submit``; all are taken or none, and they take turns with others as one."""
-        encoded = [self._encode(place, request) for place, request in enumerate(requests)]
+        encoded = self._encoded(requests)
         return self._submit(requests, encoded, [partial(Ticket, stream=False)] * len(requests))
 
     def generate(
@@ -118,25 +124,28 @@ class Engine:
         Raises:
             As ``submit``, and whatever kept a request from its answer; the others are given up then.
         """
-        encoded = [self._encode(place, request) for place, request in enumerate(requests)]
+        encoded = self._encoded(requests)
         tickets: list[Ticket] = []
         shown: SimpleQueue[tuple[int, str | None]] = SimpleQueue()
+        oldest = 0
         client = f"call {next(self._ids)}"
         try:
             while len(tickets) < len(requests):
                 place = len(tickets)
-                part = slice(place, place + self._limits.max_waiting)
+                oldest = _first_pending(tickets, oldest)
+                if oldest < place and not self._worker.room:
+                    tickets[oldest].future.exception()  # waits
+                    continue
+                part = slice(place, place + max(self._worker.room, 1))
                 make = [
                     partial(Ticket, stream=False) if on_text is None else partial(_Shown, shown, place + at)
                     for at in range(len(requests[part]))
                 ]
                 try:
                     tickets += self._submit(requests[part], encoded[part], make, client)
-                except EngineBusyError:
-                    pending = [ticket for ticket in tickets if not ticket.future.done()]
-                    if not pending:
+                except EngineBusyError:  # others were quicker
+                    if oldest == place:
                         raise
-                    pending[0].future.exception()  # waits
             if on_text is not None:
                 ended = 0
                 while ended < len(tickets):
@@ -152,14 +161,30 @@ class Engine:
 
     async def agenerate(self, requests: Sequence[Request]) -> list[Completion]:
         """As ``generate``, without blocking the event loop. Cancelling the task gives its requests up."""
-        tickets = self.submit_many(requests)
+        encoded = await self._aencoded(requests)
+        tickets: list[Ticket] = []
+        oldest = 0
+        client = f"call {next(self._ids)}"
         try:
+            while len(tickets) < len(requests):
+                place = len(tickets)
+                oldest = _first_pending(tickets, oldest)
+                if oldest < place and not self._worker.room:
+                    await tickets[oldest].aresult()
+                    continue
+                part = slice(place, place + max(self._worker.room, 1))
+                make = [partial(Ticket, stream=False)] * len(requests[part])
+                try:
+                    tickets += self._submit(requests[part], encoded[part], make, client)
+                except EngineBusyError:  # others were quicker
+                    if oldest == place:
+                        raise
             return list(await asyncio.gather(*(ticket.aresult() for ticket in tickets)))
         finally:
             for ticket in tickets:
                 ticket.cancel()
 
-    def stream(self, request: Request) -> Iterator[str | Completion]:
+    def stream(self, request: Request) -> Generator[str | Completion]:
         """Pieces of text as they become final, then the whole completion. Leaving the iterator early gives it up.
 
         Raises:
@@ -167,14 +192,13 @@ class Engine:
         """
         yield from self.submit(request, stream=True).pieces()
 
-    async def astream(self, request: Request) -> AsyncIterator[str | Completion]:
-        """As ``stream``, on the running event loop."""
-        pieces = self.submit(request, stream=True).apieces()
-        try:
+    async def astream(self, request: Request) -> AsyncGenerator[str | Completion]:
+        """As ``stream``, without blocking the event loop."""
+        encoded = await self._aencoded([request])
+        (ticket,) = self._submit([request], encoded, [partial(Ticket, stream=True)])
+        async with aclosing(ticket.apieces()) as pieces:
             async for piece in pieces:
                 yield piece
-        finally:
-            await pieces.aclose()
 
     # -- end ----------------------------------------------------------------------------------------------------------
 
@@ -209,10 +233,21 @@ class Engine:
         self._worker.submit(jobs)
         return [job.ticket for job in jobs]
 
+    async def _aencoded(self, requests: Sequence[Request]) -> list[EncodedPrompt]:
+        """Short prompts are encoded at once, which takes a fraction of a millisecond; a megabyte takes seconds."""
+        if sum(len(request.prompt) for request in requests) <= _SHORT and self._tokenizing.acquire(blocking=False):
+            try:
+                return self._encoded(requests)
+            finally:
+                self._tokenizing.release()
+        return await asyncio.get_running_loop().run_in_executor(self._aside, self._encoded, requests)
+
+    def _encoded(self, requests: Sequence[Request]) -> list[EncodedPrompt]:
+        return [self._encode(place, request) for place, request in enumerate(requests)]
+
     def _encode(self, place: int, request: Request) -> EncodedPrompt:
         check_sampling(request.sampling)
-        if request.timeout_s is not None and not request.timeout_s > 0:
-            raise ConfigurationError(f"timeout_s={request.timeout_s}: expected seconds above 0, or None")
+        check_timeout(request.timeout_s)
         limit = self.base.context - request.sampling.max_new_tokens
         if limit < 1:
             raise ConfigurationError(
@@ -222,6 +257,13 @@ class Engine:
         encoder = PromptEncoder(self.base.tokenizer, request.template)
         with self._tokenizing:
             return encoder.encode(request.prompt, limit=limit, overflow=request.overflow, row=place)
+
+
+def _first_pending(tickets: Sequence[Ticket], place: int) -> int:
+    """The first place from that on whose request is not answered yet, or the place after all of them."""
+    while place < len(tickets) and tickets[place].future.done():
+        place += 1
+    return place
 
 
 class _Shown(Ticket):

@@ -10,6 +10,7 @@ from lora_hub_sdk.engine.batch_lora import BatchLora
 from lora_hub_sdk.engine.forms import Form
 from lora_hub_sdk.engine.linear import Product
 from lora_hub_sdk.engine.rank_pool import RankPool, Table
+from lora_hub_sdk.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,7 +39,7 @@ class LoraLayers:
     def apply(self, batch: BatchLora, tokens: int) -> Iterator[None]:
         """Within the block a forward pass has the rows of ``batch``, each of ``tokens`` tokens."""
         tables = {} if batch.empty else self._pool.members
-        self._active = _Pass(batch, tables, batch.form(tokens))
+        self._active = _Pass(batch, tables, tokens)
         try:
             for module, forward in self._forwards:
                 module.__dict__["forward"] = forward
@@ -61,9 +62,9 @@ class LoraLayers:
 class _Pass:
     """One forward pass. What modules with the same input share is computed at the first of them."""
 
-    def __init__(self, batch: BatchLora, tables: Mapping[str, tuple[Table, int]], form: Form) -> None:
-        self._batch, self._tables = batch, tables
-        self._prepare = _FORMS[form]
+    def __init__(self, batch: BatchLora, tables: Mapping[str, tuple[Table, int]], tokens: int) -> None:
+        self._batch, self._tables, self._tokens = batch, tables, tokens
+        self._prepare = _FORMS[batch.form(tokens)]
         self._input: Tensor | None = None
         self._table: Table | None = None
         self._add: Add | None = None
@@ -76,10 +77,16 @@ class _Pass:
         table, member = found
         if self._add is None or x is not self._input or table is not self._table:
             self._input, self._table = x, table
-            self._add = self._prepare(
-                x if x.dtype == self._batch.dtype else x.to(self._batch.dtype), table, self._batch
-            )
-        self._add(member, output)
+            self._add = self._prepare(self._by_row(path, x).to(self._batch.dtype), table, self._batch)
+        self._add(member, self._by_row(path, output))
+
+    def _by_row(self, path: str, x: Tensor) -> Tensor:
+        """(b, l, d), also where a model passes (b * l, d) as OPT does."""
+        if x.dim() == 3:
+            return x
+        if len(x) != len(self._batch.rows) * self._tokens:
+            raise ConfigurationError(f"{path!r} is given some tokens only, as a routed expert: no adapter can go there")
+        return x.view(-1, self._tokens, x.shape[-1])
 
 
 def _shared(x: Tensor, table: Table, batch: BatchLora) -> Add:
@@ -91,11 +98,7 @@ def _shared(x: Tensor, table: Table, batch: BatchLora) -> Add:
     hidden = linear(flat, factors.a).view(len(flat), len(table.paths), -1)
     hidden = hidden.mul_(route.mixing) if route.diagonal else hidden @ route.mixing
 
-    def add(member: int, output: Tensor) -> None:
-        delta = hidden[:, member] @ factors.b[member]
-        output.add_(delta.view(output.shape))
-
-    return add
+    return lambda member, output: _add_product(output, hidden[:, member], factors.b[member])
 
 
 def _lookup(x: Tensor, table: Table, batch: BatchLora) -> Add:
@@ -147,11 +150,7 @@ def _dense(x: Tensor, table: Table, batch: BatchLora) -> Add:
         hidden = hidden.new_zeros(hidden.shape)
         hidden[rows, :, places] = mixed
 
-    def add(member: int, output: Tensor) -> None:
-        delta = hidden[:, member] @ factors.b[member]
-        output.add_(delta.view(output.shape))
-
-    return add
+    return lambda member, output: _add_product(output, hidden[:, member], factors.b[member])
 
 
 def _gather(x: Tensor, table: Table, batch: BatchLora) -> Add:
@@ -183,6 +182,15 @@ def _gather(x: Tensor, table: Table, batch: BatchLora) -> Add:
             output.add_(torch.bmm(mine, factors))
 
     return add
+
+
+def _add_product(output: Tensor, left: Tensor, right: Tensor) -> None:
+    """output (..., d) += left (n, R) @ right (R, d), in place."""
+    flat = output.view(-1, output.shape[-1])
+    if output.dtype == right.dtype:
+        flat.addmm_(left, right)
+    else:
+        flat.add_(left @ right)
 
 
 _FORMS: Final[dict[Form, Callable[[Tensor, Table, BatchLora], Add]]] = {

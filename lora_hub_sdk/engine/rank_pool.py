@@ -8,9 +8,10 @@ taken one by one, so the pool never fragments.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+from weakref import ReferenceType, ref
 
 from lora_hub_sdk.composition.factors import AdapterFactors, LoraFactors
 
@@ -45,10 +46,17 @@ class Table:
         raise IndexError(member)
 
 
+class UnprovenError(Exception):
+    """Two copies of one content were read, and it is not known yet whether the first is what it should be."""
+
+
 @dataclass
 class _Held:
     rows: tuple[int, ...]
     pins: int = 0
+    #: What the rows were written from, until that is proven.
+    source: ReferenceType[AdapterFactors] | None = None
+    doomed: bool = False
 
 
 class RankPool:
@@ -101,17 +109,26 @@ class RankPool:
     @property
     def used_bytes(self) -> int:
         """What the rows of the adapters in it take."""
-        return self._rank_bytes * sum(len(held.rows) for held in self._held.values())
+        return self._rank_bytes(self.tables) * sum(len(held.rows) for held in self._held.values())
 
-    @property
-    def _rank_bytes(self) -> int:
-        return self.size_bytes // self._rows
+    def pin(self, factors: AdapterFactors, *, proven: bool = True) -> tuple[int, ...]:
+        """The adapter's rows, which stay until ``unpin``; it is copied in where it is not there yet.
 
-    def pin(self, factors: AdapterFactors) -> tuple[int, ...]:
-        """The adapter's rows, which stay until ``unpin``; it is copied in where it is not there yet."""
+        Args:
+            proven: whether the factors are known to be the content that their digest promises. Until ``prove`` says
+                so, rows written from them are used for the very same factors alone.
+
+        Raises:
+            UnprovenError: rows from other factors of that digest, not proven either, are pinned; try again later.
+        """
         held = self._held.get(factors.digest)
+        if held is not None and held.source is not None and held.source() is not factors:
+            if held.pins:
+                raise UnprovenError(factors.digest)
+            self._forget(factors.digest)
+            held = None
         if held is None:
-            held = self._held[factors.digest] = _Held(self._take(factors))
+            held = self._held[factors.digest] = _Held(self._take(factors), source=None if proven else ref(factors))
             try:
                 self._write(factors, held.rows)
             except BaseException:
@@ -121,14 +138,26 @@ class RankPool:
         held.pins += 1
         return held.rows
 
+    def prove(self, factors: AdapterFactors) -> None:
+        """These factors are what their digest promises, and so are rows that were written from them."""
+        held = self._held.get(factors.digest)
+        if held is not None and held.source is not None and held.source() is factors:
+            held.source = None
+
     def unpin(self, digest: str) -> None:
         """One user less."""
-        self._held[digest].pins -= 1
+        held = self._held[digest]
+        held.pins -= 1
+        if held.doomed and not held.pins:
+            self._forget(digest)
 
     def discard(self, digest: str) -> bool:
-        """Forget an adapter that nobody has pinned; False while somebody has."""
+        """Forget an adapter; False while somebody has it pinned, and then it goes with the last pin."""
         held = self._held.get(digest)
-        if held is None or held.pins:
+        if held is None:
+            return False
+        if held.pins:
+            held.doomed = True
             return False
         self._forget(digest)
         return True
@@ -137,19 +166,18 @@ class RankPool:
         """Give memory back that a burst took; only while nothing is pinned, as rows move."""
         if any(held.pins for held in self._held.values()):
             return
-        while self.used_bytes > self._budget and self._evict():
+        allowed = self._allowed(self.tables)
+        while self.used_bytes + self._rank_bytes(self.tables) > self._budget and self._evict():
             pass
-        used = sum(len(held.rows) for held in self._held.values())
-        if self._rows <= max(_FIRST_ROWS, _LOOSE * (used + 1)) and self.size_bytes <= self._budget:
-            return
         kept = [0, *(row for held in self._held.values() for row in held.rows)]
-        self._rebuild(kept, max(_FIRST_ROWS, len(kept)))
+        if self._rows > max(_FIRST_ROWS, _LOOSE * len(kept)) or self._rows > max(allowed, 1):
+            self._rebuild(kept, max(len(kept), min(_FIRST_ROWS, allowed)))
 
     def _take(self, factors: AdapterFactors) -> tuple[int, ...]:
         """Rows for an adapter: free ones, or new ones within the budget, or those of others."""
         self._make_tables(factors)
         while len(self._free) < factors.rank:
-            needed, allowed = self._rows + factors.rank - len(self._free), self._budget // max(self._rank_bytes, 1)
+            needed, allowed = self._rows + factors.rank - len(self._free), self._allowed(self.tables)
             if needed <= allowed:
                 self._grow(min(max(2 * self._rows, needed), allowed))
             elif not self._evict():
@@ -181,6 +209,20 @@ class RankPool:
         self._free.extend(range(rows - 1, self._rows - 1, -1))
         self._rows = rows
 
+    def _cut(self, rows: int) -> None:
+        """Tables of no more rows than that, as far as pins allow it: rows stay where they are."""
+        last = max((row for held in self._held.values() if held.pins for row in held.rows), default=0)
+        rows = max(rows, last + 1)
+        if rows >= self._rows:
+            return
+        for digest in [digest for digest, held in self._held.items() if max(held.rows, default=0) >= rows]:
+            self._forget(digest)
+            self.evictions += 1
+        for table in self.tables.values():
+            table.a = table.a[:rows].clone()
+            table.b = [tensor[:rows].clone() for tensor in table.b]
+        self._rows, self._free = rows, [row for row in self._free if row < rows]
+
     def _rebuild(self, kept: list[int], rows: int) -> None:
         """Tables of so many rows, the first of which are those at ``kept``."""
         import torch
@@ -200,7 +242,11 @@ class RankPool:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(self._rows, *shape, dtype=self._dtype, device=self._device)
 
-        for group in dict.fromkeys(self._group_of[path] for path in factors.modules):
+        groups = dict.fromkeys(self._group_of[path] for path in factors.modules)
+        if groups.keys() <= self.tables.keys():
+            return
+        self._cut(self._allowed(self.tables | groups))
+        for group in groups:
             if group not in self.tables:
                 widths = [self._shapes[path][0] for path in group]
                 runs = [widths.count(width) for width in dict.fromkeys(widths)]
@@ -210,6 +256,14 @@ class RankPool:
                     [zeros(count, width) for count, width in zip(runs, dict.fromkeys(widths), strict=True)],
                 )
                 self.members |= {path: (table, place) for place, path in enumerate(group)}
+
+    def _rank_bytes(self, groups: Iterable[tuple[str, ...]]) -> int:
+        """What one row takes in the tables of these groups."""
+        return self._dtype.itemsize * sum(sum(self._shapes[path]) for group in groups for path in group)
+
+    def _allowed(self, groups: Iterable[tuple[str, ...]]) -> int:
+        """How many rows the budget has room for."""
+        return self._budget // max(self._rank_bytes(groups), 1)
 
     def _write(self, factors: AdapterFactors, rows: tuple[int, ...]) -> None:
         import torch
@@ -226,7 +280,7 @@ class RankPool:
         return tensor.to(self._device, self._dtype)
 
     def _tensors(self) -> Iterator[Tensor]:
-        for table in self.tables.values():
+        for table in list(self.tables.values()):  # statistics ask from other threads
             yield table.a
             yield from table.b
 
@@ -238,6 +292,8 @@ def _scaled(factors: LoraFactors) -> Tensor:
 
 
 def _longer(tensor: Tensor, rows: int) -> Tensor:
+    if len(tensor) >= rows:  # a growth that ran out of memory got this far
+        return tensor
     grown = tensor.new_zeros((rows, *tensor.shape[1:]))
     grown[: len(tensor)] = tensor
     return grown

@@ -36,6 +36,8 @@ class Row:
         self._sampler = TokenSampler(sampling)
         self._base = base
         self._on_text = on_text
+        self._text = _GrowingText(base)
+        self._longest_stop = max(map(len, sampling.stop), default=0)
         self._shown = 0
         self.tokens: list[int] = []
         self.done: Decoded | None = None
@@ -54,8 +56,9 @@ class Row:
         """Whether a stop string has come; shows what is safe to show on the way."""
         if not self._sampling.stop and self._on_text is None:
             return False
-        text = self._decode(self.tokens)
-        place = find_stop(text, self._sampling.stop)
+        before = len(self._text.settled)
+        text = self._text.of(self.tokens)
+        place = find_stop(text, self._sampling.stop, max(before - self._longest_stop, 0))
         if place is not None:
             self._finish(text[:place], "stop")
             return True
@@ -70,6 +73,32 @@ class Row:
         if self._on_text is not None and len(text) > self._shown:
             self._on_text(text[self._shown :])
             self._shown = len(text)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._base.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+class _GrowingText:
+    """The text of tokens that come one by one, decoding only the last of them anew.
+
+    The last settled tokens are decoded along with new ones, as a tokenizer may write a token otherwise at the beginning
+    of a text than within it; what they gave by themselves is left out. Half a character settles with its other half.
+    """
+
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        self._context = self._read = self._overlap = 0
+        self.settled = ""
+
+    def of(self, tokens: list[int]) -> str:
+        """The text of all ``tokens``, which begin with those of the last call."""
+        tail = self._decode(tokens[self._context :])
+        text = self.settled + tail[self._overlap :]
+        if not tail.endswith("\N{REPLACEMENT CHARACTER}"):
+            self.settled = text
+            self._context, self._read = self._read, len(tokens)
+            self._overlap = len(self._decode(tokens[self._context : self._read]))
+        return text
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._base.tokenizer.decode(tokens, skip_special_tokens=True))

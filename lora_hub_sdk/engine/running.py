@@ -33,6 +33,8 @@ class Model:
         model: Any = base.model
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ()) - _LAYERS
+        if not kinds and getattr(model, "_is_stateful", False):
+            kinds = {"recurrent state"}
         if kinds:
             raise ConfigurationError(
                 f"{base.id!r} has layers of {', '.join(sorted(kinds))}; only attention is supported"
@@ -78,7 +80,8 @@ class Prefill:
 
         base = model.base
         self._model = model
-        self._lora = model.batch(loras)
+        self.loras = tuple(loras)
+        self._batch = model.batch(loras)
         self.lengths = [len(ids) for ids in prompts]
         width = max(self.lengths)
         padded = [[base.pad_id] * (width - len(ids)) + list(ids) for ids in prompts]
@@ -100,7 +103,7 @@ class Prefill:
         first, rows = self._read, self._ids.shape[0]
         last = min(first + max(places // rows, 1), self._ids.shape[1])
         logits = self._model.forward(
-            self._lora,
+            self._batch,
             self._ids[:, first:last],
             self._mask[:, :last],
             self._positions[:, first:last],
@@ -129,7 +132,7 @@ class RunningRows:
         """Columns of the cache in use."""
         return self._cache.width
 
-    def join(self, prefill: Prefill, loras: Sequence[RowLora], keep: Sequence[int]) -> None:
+    def join(self, prefill: Prefill, keep: Sequence[int]) -> None:
         """Let the rows of a prefill that are at the indices ``keep`` in, after those that are there."""
         import torch
 
@@ -137,7 +140,7 @@ class RunningRows:
             prefill.cache.batch_select_indices(torch.tensor(keep, device=self._model.base.device))
         lengths = [prefill.lengths[place] for place in keep]
         self._cache.join(prefill.cache, lengths)
-        self._loras += [loras[place] for place in keep]
+        self._loras += [prefill.loras[place] for place in keep]
         self._next += lengths
         self._batch = None
 

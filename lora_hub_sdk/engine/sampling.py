@@ -66,9 +66,9 @@ class TokenSampler:
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._generator))
 
 
-def find_stop(text: str, stop: tuple[str, ...]) -> int | None:
-    """Where the first stop string begins, or None."""
-    places = [place for place in (text.find(mark) for mark in stop) if place >= 0]
+def find_stop(text: str, stop: tuple[str, ...], start: int = 0) -> int | None:
+    """Where the first stop string at or after ``start`` begins, or None."""
+    places = [place for place in (text.find(mark, start) for mark in stop) if place >= 0]
     return min(places, default=None)
 
 

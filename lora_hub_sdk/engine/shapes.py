@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_hub_sdk.models.loading import LOADING
 from lora_hub_sdk.registry.admission import ModuleShapes
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def module_shapes(folder: Path) -> ModuleShapes:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     build: Any = AutoModelForCausalLM.from_config
-    with torch.device("meta"):
+    with LOADING, torch.device("meta"):
         model = build(AutoConfig.from_pretrained(folder))
     return linear_shapes(model)
 

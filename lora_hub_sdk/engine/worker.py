@@ -6,14 +6,17 @@ one piece of a prompt is read, then every running row gets one token.
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import TYPE_CHECKING, Final
+from weakref import WeakSet
 
 from lora_hub_sdk.composition.terms import terms_of
 from lora_hub_sdk.engine.adapter_store import AdapterStore, Held
@@ -21,7 +24,7 @@ from lora_hub_sdk.engine.base_model import BaseModel
 from lora_hub_sdk.engine.batch_lora import RowLora
 from lora_hub_sdk.engine.logs import log_crash, log_request, log_split
 from lora_hub_sdk.engine.metrics import EngineMetrics, EngineState, Outcome, TierState
-from lora_hub_sdk.engine.rank_pool import RankPool
+from lora_hub_sdk.engine.rank_pool import RankPool, UnprovenError
 from lora_hub_sdk.engine.request import Job
 from lora_hub_sdk.engine.running import Model, Prefill, RunningRows, drop_places, prefill_groups
 from lora_hub_sdk.engine.scheduler import Entry, Limits, Scheduler
@@ -41,6 +44,8 @@ from lora_hub_sdk.types import Adapter, Completion, Tier, Trace, Usage
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lora_hub_sdk.composition.factors import AdapterFactors
+
 #: An idle thread ends after so many seconds; the next request starts another. So a forgotten engine costs nothing.
 _LINGER_S: Final = 5.0
 #: An idle engine waits so long for adapters that are being read, so that the requests of one call start together.
@@ -49,12 +54,23 @@ _LOADING_S: Final = 0.05
 _PIECE: Final = {"cpu": 256, "cuda": 2048}
 
 
+#: Those that may have a thread. Python kills daemon threads as it exits, and one inside torch takes the process along.
+_WORKERS: Final[WeakSet[Worker]] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for worker in list(_WORKERS):
+        worker.close(0.0)
+
+
 @dataclass(eq=False)
 class _Reading:
     """Prompts that are read side by side, and whose they are."""
 
     prefill: Prefill
     jobs: list[Job]
+    seconds: float = 0.0
 
 
 class Worker:
@@ -84,8 +100,14 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._crash: BaseException | None = None
+        _WORKERS.add(self)
 
     # -- from any thread ----------------------------------------------------------------------------------------------
+
+    @property
+    def room(self) -> int:
+        """How many more may wait."""
+        return max(self._limits.max_waiting - self._waiting, 0)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Take jobs in, all or none.
@@ -105,8 +127,9 @@ class Worker:
             self._waiting += len(jobs)
             self._inbox.put(partial(self._take_in, jobs))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._main, name="lora-hub-engine", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._main, name="lora-hub-engine", daemon=True)
+                thread.start()
+                self._thread = thread
         for job in jobs:
             adapters = _adapters(job)
             if adapters:
@@ -131,7 +154,9 @@ class Worker:
             self._closed = True
             thread = self._thread
         self._inbox.put(lambda: None)  # wakes it up
-        if thread is not None and thread is not threading.current_thread():
+        if thread is threading.current_thread():  # in a callback of a ticket: it ends by itself, after the others
+            return
+        if thread is not None:
             thread.join(timeout_s)
             if thread.is_alive():
                 self._inbox.put(self._abandon)
@@ -139,7 +164,13 @@ class Worker:
         self._store.close()
 
     def _note_loaded(self, job: Job, answer: Held | BaseException) -> None:
-        self._inbox.put(partial(self._loaded, job, answer))
+        with self._lock:
+            if self._thread is not None:
+                self._inbox.put(partial(self._loaded, job, answer))
+                return
+        # The job was given up, and the thread did not wait for its adapters.
+        if isinstance(answer, Held):
+            answer.release()
 
     def _check_open(self) -> None:
         if self._crash is not None:
@@ -156,6 +187,8 @@ class Worker:
             with torch.inference_mode():
                 while self._round():
                     pass
+            if self._closed:
+                self._store.close()
         except BaseException as error:
             self._crashed(error)
 
@@ -169,11 +202,13 @@ class Worker:
                     return False
         while not self._inbox.empty():
             self._inbox.get()()
-        if self._closed and not self._jobs and self._ends():
-            return False
         now = monotonic()
         for late in self._scheduler.expired(now):
             self._end(self._jobs[late], "deadline", _late(self._jobs[late]))
+        # Before others join: the scheduler counts on their places.
+        self._drop([place for place, job in enumerate(self._rows) if job.over])
+        if self._closed and not self._jobs and self._ends():
+            return False
         if not self._waits_for_adapters(now):
             self._admit([self._jobs[job_id] for job_id in self._scheduler.admit(now)])
         if self._readings:
@@ -185,7 +220,7 @@ class Worker:
     def _patience(self) -> float:
         """How long nothing has to be done without a message."""
         if not self._jobs:
-            return _LINGER_S
+            return 0.0 if self._closed else _LINGER_S
         now = monotonic()
         at = self._scheduler.wake_at(now)
         if at is not None and at <= now and self._waits_for_adapters(now):
@@ -210,6 +245,7 @@ class Worker:
     # -- messages -----------------------------------------------------------------------------------------------------
 
     def _take_in(self, jobs: Sequence[Job]) -> None:
+        self._jobs |= {job.id: job for job in jobs}
         for job in jobs:
             adapters = _adapters(job)
             entry = Entry(
@@ -221,7 +257,6 @@ class Worker:
                 arrived=job.submitted,
                 deadline=None if job.request.timeout_s is None else job.submitted + job.request.timeout_s,
             )
-            self._jobs[job.id] = job
             if job.ticket.future.done():  # cancelled, or a message that it was is on its way
                 self._end(job, "cancelled")
             elif self._scheduler.offer(entry, ready=not adapters):
@@ -294,13 +329,31 @@ class Worker:
         try:
             rows: list[int] = []
             for digest in job.terms.digests:
-                rows += self._pool.pin(factors[digest])
+                rows += self._pin(job, factors[digest])
                 pinned.append(digest)
         except BaseException:
             for digest in pinned:
                 self._pool.unpin(digest)
             raise
         job.lora = RowLora(job.terms, tuple(rows))
+
+    def _pin(self, job: Job, factors: AdapterFactors) -> tuple[int, ...]:
+        try:
+            return self._pool.pin(factors, proven=job.verified)
+        except UnprovenError:
+            for other in self._jobs.values():
+                if other.lora is not None and factors.digest in other.lora.terms.digests:
+                    with suppress(AdapterChangedError):  # that is the other's own trouble
+                        self._verify(other)
+        return self._pool.pin(factors, proven=job.verified)
+
+    def _verify(self, job: Job) -> None:
+        """Nothing is delivered before it is known that the job's adapters are the registered ones."""
+        if not job.verified and job.held is not None:
+            job.held.verify()
+            job.verified = True
+            for factors in job.held.factors:
+                self._pool.prove(factors)
 
     def _begin(self, jobs: list[Job]) -> None:
         try:
@@ -320,16 +373,17 @@ class Worker:
         began = monotonic()
         try:
             logits = reading.prefill.advance(self._piece if self._rows else reading.prefill.places)
-            if logits is None:
-                return
-            greedy = logits.argmax(-1).tolist()
+            greedy = [] if logits is None else logits.argmax(-1).tolist()
         except Exception as error:
             self._readings.popleft()
-            self._failed([job for job in reading.jobs if not job.over], error)
+            self._failed(reading.jobs, error)
+            return
+        now = monotonic()
+        reading.seconds += now - began
+        if logits is None:
             return
         self._readings.popleft()
-        now = monotonic()
-        self.metrics.prefill(len(reading.jobs), sum(reading.prefill.lengths), now - began)
+        self.metrics.prefill(len(reading.jobs), sum(reading.prefill.lengths), reading.seconds)
         stay: list[int] = []
         for place, job in enumerate(reading.jobs):
             if job.over:
@@ -342,7 +396,7 @@ class Worker:
         if not jobs:
             return
         try:
-            self._running.join(reading.prefill, [_lora(job) for job in reading.jobs], stay)
+            self._running.join(reading.prefill, stay)
         except Exception as error:
             self._failed(jobs, error)
             return
@@ -374,14 +428,12 @@ class Worker:
     def _goes_on(self, job: Job, logits: Tensor, greedy: int) -> bool:
         """Take the job's next token; False where it has ended by that. What goes wrong here is that row's alone."""
         try:
-            if not job.verified and job.held is not None:
-                job.held.verify()
-                job.verified = True
+            self._verify(job)
             job.row.step(logits, greedy)
         except Exception as error:
             if isinstance(error, AdapterChangedError):
                 self._distrust(job)
-            self._end(job, "error", error)
+            self._end(job, "error", _explained(job, error))
             return False
         done = job.row.done
         if done is not None:
@@ -406,7 +458,7 @@ class Worker:
             log_split(len(jobs), base_model=self._base.id, error=error)
         for job in jobs:
             if job.id in alone or isinstance(error, LoraHubError):
-                self._end(job, "error", _explained(job, error, self._limits))
+                self._end(job, "error", _explained(job, error))
             else:
                 self._unplace(job)
         if self._base.device.type == "cuda":
@@ -419,7 +471,6 @@ class Worker:
         if job.over:
             return
         job.over = True
-        del self._jobs[job.id]
         self._loading.discard(job.id)
         self._scheduler.withdraw(job.id)
         if job.admitted is None:
@@ -442,6 +493,7 @@ class Worker:
             usage=usage,
             error=error,
         )
+        del self._jobs[job.id]  # not before: whoever is among them is told if the thread dies
         if error is not None:
             job.ticket.fail(error)
         elif done is not None:
@@ -459,25 +511,29 @@ class Worker:
         digests = [adapter.digest for adapter in _adapters(job)]
         self._unplace(job)
         for digest in digests:
-            if not self._pool.discard(digest):
-                self._inbox.put(partial(self._forget, digest))
+            self._pool.discard(digest)
 
     def _crashed(self, error: BaseException) -> None:
         """Nobody waits for a thread that is gone."""
         with self._lock:
             self._crash = error
             self._thread = None
+            self._waiting = 0
         log_crash(error, base_model=self._base.id)
         while not self._inbox.empty():  # requests that it had not yet seen are among these
             message = self._inbox.get()
             if isinstance(message, partial) and message.func == self._take_in:
-                for job in message.args[0]:
-                    self._jobs[job.id] = job
-        for job in self._jobs.values():
-            job.ticket.fail(_crashed(error))
+                self._jobs |= {job.id: job for job in message.args[0]}
+            elif isinstance(message, partial) and message.func == self._loaded and isinstance(message.args[1], Held):
+                message.args[1].release()
+        jobs = list(self._jobs.values())
+        for held in (self._jobs, self._rows, self._readings):
+            held.clear()
+        self._store.close()
+        for job in jobs:
             if job.held is not None:
                 job.held.release()
-        self._jobs.clear()
+            job.ticket.fail(_crashed(error))
 
     def _state(self) -> EngineState:
         store = self._store.stats()
@@ -514,8 +570,8 @@ def _crashed(error: BaseException) -> EngineCrashedError:
     return crashed
 
 
-def _explained(job: Job, error: Exception, limits: Limits) -> Exception:
-    """The error that a caller gets for a pass that failed with this job alone."""
+def _explained(job: Job, error: Exception) -> Exception:
+    """The error that a caller gets for what went wrong with this job alone."""
     if isinstance(error, LoraHubError):
         return error
     found: GenerationError

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 
 from lora_hub_sdk.config import cache_home
 from lora_hub_sdk.errors import ModelDamagedError
+from lora_hub_sdk.models.loading import LOADING
 from lora_hub_sdk.models.names import EmbeddedModel
 
 #: Part of the cache folder's name; raise it when the conversion below writes something else.
@@ -141,13 +142,14 @@ def _convert_gguf(weights: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        weights.parent,
-        gguf_file=weights.name,
-        dtype=torch.bfloat16,
-        # Without this transformers 5 keeps the 4-bit blocks packed and then cannot save them.
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    with LOADING:
+        model = AutoModelForCausalLM.from_pretrained(
+            weights.parent,
+            gguf_file=weights.name,
+            dtype=torch.bfloat16,
+            # Without this transformers 5 keeps the 4-bit blocks packed and then cannot save them.
+            quantization_config=GgufConfig(dequantize=True),
+        )
     tokenizer.save_pretrained(target)
     model.save_pretrained(target)
 

@@ -267,6 +267,13 @@ class SqlQueries:
         with Session(self._engine) as session:
             return set(session.scalars(select(RevisionRow.folder).where(RevisionRow.current)))
 
+    def digests_in_use(self, digests: Iterable[str]) -> set[str]:
+        """Those of some contents that an adapter has now, retired ones too."""
+        query = select(RevisionRow.digest).where(RevisionRow.current)
+        with Session(self._engine) as session:
+            parts = (session.scalars(query.where(RevisionRow.digest.in_(part))) for part in _parts(digests))
+            return {digest for part in parts for digest in part}
+
 
 _ADAPTERS: Final = select(AdapterRow, RevisionRow).join(
     RevisionRow, (RevisionRow.adapter_id == AdapterRow.id) & RevisionRow.current

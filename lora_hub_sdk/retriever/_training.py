@@ -20,6 +20,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
+from lora_hub_sdk.models.loading import LOADING
 from lora_hub_sdk.retriever.left_out import leave_one_out
 from lora_hub_sdk.retriever.training_report import Course
 
@@ -49,7 +50,8 @@ def run(
     The caller's random states stay as they are.
     """
     began = time.monotonic()
-    model = SentenceTransformer(str(start), device=recipe.device, local_files_only=True)
+    with LOADING:
+        model = SentenceTransformer(str(start), device=recipe.device, local_files_only=True)
     most = model.max_seq_length
     model.max_seq_length = min(recipe.max_tokens, most or recipe.max_tokens)
     size = len(planned[0])

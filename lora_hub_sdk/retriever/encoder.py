@@ -16,6 +16,7 @@ import numpy as np
 
 from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.models import ResolvedModel, weights_fingerprint
+from lora_hub_sdk.models.loading import LOADING
 from lora_hub_sdk.registry.index import Vector
 from lora_hub_sdk.retriever.settings import INSTRUCTION as INSTRUCTION
 from lora_hub_sdk.retriever.settings import RetrieverSettings, read_settings
@@ -154,7 +155,8 @@ class SentenceEncoder:
     def _model(self) -> Any:
         from sentence_transformers import SentenceTransformer
 
-        model = SentenceTransformer(str(self._folder), device=self._device, local_files_only=True)
+        with LOADING:
+            model = SentenceTransformer(str(self._folder), device=self._device, local_files_only=True)
         limits = (self.settings.max_tokens, model.max_seq_length)
         # Some tokenizers say 10**30 for "no limit".
         limit = min((limit for limit in limits if limit is not None and limit < _ENDLESS), default=512)

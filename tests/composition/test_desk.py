@@ -266,13 +266,13 @@ def test_closing_finishes_what_is_being_routed_and_fails_what_waits(desk: Routin
         closing = other.submit(desk.close)
         for call in (waiting[0], waiting[2]):
             assert isinstance(call.exception(60), EngineClosedError)
+        for routing in (NEAREST, Routing("base")):
+            with pytest.raises(EngineClosedError):
+                desk.route(["maths"], "base", routing)
         gate.open.set()
         closing.result(60)
     assert len(first.result(0)) == 1
     desk.close()
-    for routing in (NEAREST, Routing("base")):
-        with pytest.raises(EngineClosedError):
-            desk.submit(["maths"], "base", routing)
 
 
 def test_time_runs_out_for_who_gave_a_limit(desk: RoutingDesk, gate: Gate) -> None:
@@ -295,6 +295,54 @@ def test_a_timeout_of_the_routing_itself_is_told_as_it_is(desk: RoutingDesk, gat
     assert not isinstance(raised.value, DeadlineExceededError)
     with pytest.raises(TimeoutError, match="the index server"):
         asyncio.run(desk.aroute(["bad"], "base", NEAREST, timeout_s=60))
+
+
+class Parts:
+    """A router that waits in its first call, and tells how many prompts it was given in each."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.reached, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, prompts: Sequence[str], _base: object, _routing: object) -> list[Route]:
+        self.sizes.append(len(prompts))
+        self.reached.set()
+        assert self.go_on.wait(60)
+        return [Route("base", "outputs")] * len(prompts)
+
+
+def test_a_call_of_thousands_ends_when_it_is_taken_back() -> None:
+    parts = Parts()
+    desk = RoutingDesk(parts)
+    gone, next_one = (desk.submit(["maths"] * size, "base", NEAREST) for size in (3000, 50))
+    assert parts.reached.wait(60)
+    assert gone.cancel()
+    parts.go_on.set()
+    assert len(next_one.result(60)) == 50
+    assert parts.sizes == [256, 50]
+    desk.close()
+
+
+def test_a_call_of_thousands_ends_when_the_desk_is_closed() -> None:
+    parts = Parts()
+    desk = RoutingDesk(parts)
+    call = desk.submit(["maths"] * 3000, "base", NEAREST)
+    assert parts.reached.wait(60)
+    waiting = desk.submit(["maths"] * 50, "base", NEAREST)
+    with ThreadPoolExecutor(1) as other:
+        closing = other.submit(desk.close)
+        assert isinstance(waiting.exception(60), EngineClosedError)
+        parts.go_on.set()
+        closing.result(60)
+    assert isinstance(call.exception(0), EngineClosedError)
+    assert parts.sizes == [256]
+
+
+def test_a_call_of_thousands_gets_all_its_routes(desk: RoutingDesk, gate: Gate) -> None:
+    gate.open.set()
+    prompts = [NAMES[place % 3] for place in range(1000)]
+    assert _names(desk.route(prompts, "base", NEAREST)) == [[name] for name in prompts]
+    assert desk.route([], "base", NEAREST) == []
 
 
 # -- asyncio -----------------------------------------------------------------------------------------------------------

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +15,18 @@ from typing import Any
 import pytest
 import torch
 
+from lora_hub_sdk.composition.factors import AdapterFactors
+from lora_hub_sdk.composition.terms import terms_of
 from lora_hub_sdk.demo import ADAPTERS_FOLDER
-from lora_hub_sdk.engine.adapter_cache import AdapterCache, load_factors
+from lora_hub_sdk.engine.adapter_file import load_factors
 from lora_hub_sdk.engine.base_model import BaseModel, ModelSettings, load_base_model
-from lora_hub_sdk.engine.decode import RunningBatch
-from lora_hub_sdk.engine.engine import Engine, Request
+from lora_hub_sdk.engine.batch_lora import RowLora
+from lora_hub_sdk.engine.engine import Engine
 from lora_hub_sdk.engine.prompt import PromptEncoder
+from lora_hub_sdk.engine.rank_pool import RankPool
+from lora_hub_sdk.engine.request import Request
+from lora_hub_sdk.engine.running import Model, Prefill
+from lora_hub_sdk.engine.scheduler import Limits
 from lora_hub_sdk.errors import (
     AdapterChangedError,
     ConfigurationError,
@@ -39,8 +49,10 @@ def loaded(base: Path) -> BaseModel:
 
 
 @pytest.fixture
-def engine(loaded: BaseModel) -> Engine:
-    return Engine(loaded)
+def engine(loaded: BaseModel) -> Iterator[Engine]:
+    made = Engine(loaded)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +85,8 @@ def test_permuting_the_prompts_permutes_the_answers(
     straight = engine.generate(asked)
     order = [4, 2, 5, 0, 3, 1]
     turned = engine.generate([asked[place] for place in order])
-    assert [turned[order.index(place)] for place in range(6)] == straight
+    assert [turned[order.index(place)].text for place in range(6)] == [completion.text for completion in straight]
+    assert [turned[order.index(place)].usage for place in range(6)] == [completion.usage for completion in straight]
     assert len({completion.text for completion in straight}) > 3
 
 
@@ -89,14 +102,37 @@ def test_rows_of_any_length_leave_the_batch_without_disturbing_the_others(
         assert short.usage.completion_tokens <= long.usage.completion_tokens
 
 
-def test_one_call_is_one_batch_up_to_the_limit(loaded: BaseModel, adapters: list[Adapter]) -> None:
-    engine = Engine(loaded, max_batch_size=4)
+def test_the_prompts_of_a_call_are_read_together_up_to_the_limit(loaded: BaseModel, adapters: list[Adapter]) -> None:
+    whole, parts = Engine(loaded), Engine(loaded, limits=Limits(max_rows=4))
     asked = requests(adapters, Sampling(4))
-    whole = Engine(loaded).generate(asked)
-    parts = engine.generate(asked)
-    assert engine.batches == 2
-    assert [completion.trace.batch_size for completion in parts] == [4, 4, 4, 4, 2, 2]
-    assert [completion.text for completion in parts] == [completion.text for completion in whole]
+    together = whole.generate(asked)
+    assert whole.batches == 1
+    assert {completion.trace.batch_size for completion in together} == {6}
+    whole.close()
+    few = parts.generate(asked)
+    assert parts.batches > 1
+    assert max(completion.trace.batch_size for completion in few) == 4
+    assert [completion.text for completion in few] == [completion.text for completion in together]
+    parts.close()
+
+
+def test_rows_that_end_with_their_first_token_leave_the_others_reading_alone(
+    loaded: BaseModel, adapters: list[Adapter]
+) -> None:
+    engine = Engine(loaded)
+    asked = requests(adapters, Sampling(6))
+    expected = [engine.generate([request])[0].text for request in asked]
+    before = engine.batches
+    short = [replace(request, sampling=Sampling(1)) if place % 2 else request for place, request in enumerate(asked)]
+    found = engine.generate(short)
+    assert engine.batches == before + 1
+    assert engine.stats().splits == 0
+    for place, completion in enumerate(found):
+        if place % 2:
+            assert completion.usage.completion_tokens == 1
+        else:
+            assert completion.text == expected[place]
+    engine.close()
 
 
 def test_usage_and_finish_reason(engine: Engine) -> None:
@@ -142,7 +178,7 @@ def test_stream_gives_the_same_text_in_pieces(engine: Engine, adapters: list[Ada
 def test_leaving_a_stream_early_frees_the_engine(engine: Engine) -> None:
     stream = engine.stream(Request("tell me", route_of("base"), Sampling(200)))
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert len(engine.generate([Request("next", route_of("base"), Sampling(2))])) == 1
 
 
@@ -167,6 +203,29 @@ def test_threads_take_turns_and_get_their_own_answers(engine: Engine, adapters: 
     for thread in threads:
         thread.join()
     assert found == {worker: [expected[worker % len(asked)]] * 3 for worker in range(12)}
+
+
+def test_tasks_of_an_event_loop_get_their_own_answers(engine: Engine, adapters: list[Adapter]) -> None:
+    asked = requests(adapters, Sampling(8))
+    expected = [engine.generate([request])[0].text for request in asked]
+
+    async def one(request: Request) -> tuple[str, str]:
+        (completion,) = await engine.agenerate([request])
+        pieces = [piece async for piece in engine.astream(request)]
+        return completion.text, "".join(piece for piece in pieces if isinstance(piece, str))
+
+    async def every() -> list[tuple[str, str]]:
+        return await asyncio.gather(*map(one, asked))
+
+    assert asyncio.run(every()) == [(text, text) for text in expected]
+
+
+def test_a_seed_gives_the_same_answer_in_any_company(engine: Engine, adapters: list[Adapter]) -> None:
+    asked = requests(adapters, Sampling(12, temperature=1.2, seed=3))
+    together = [completion.text for completion in engine.generate(asked)]
+    assert together == [engine.generate([request])[0].text for request in asked]
+    other = [replace(request, sampling=Sampling(12, temperature=1.2, seed=4)) for request in asked]
+    assert [completion.text for completion in engine.generate(other)] != together
 
 
 def test_an_exception_in_the_middle_leaves_no_adapter_behind(engine: Engine, adapters: list[Adapter]) -> None:
@@ -221,6 +280,8 @@ def test_files_that_changed_after_registration_are_refused(engine: Engine, base:
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterChangedError, match="gone"):
         engine.generate([Request("x", route_of("selection", (adapter, 1.0)))])
+    tiny_adapter(folder, base, seed=1)
+    assert engine.generate([Request("x", route_of("selection", (adapter, 1.0)), Sampling(2))])
 
 
 def test_an_adapter_of_a_larger_base_is_never_silently_dropped(engine: Engine, tmp_path: Path) -> None:
@@ -230,22 +291,31 @@ def test_an_adapter_of_a_larger_base_is_never_silently_dropped(engine: Engine, t
         engine.generate([Request("x", route_of("selection", (adapter, 1.0)))])
 
 
-def test_cache_holds_its_budget_and_loads_again(adapters: list[Adapter]) -> None:
+@pytest.mark.parametrize("host_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("device_bytes", [0, 1 << 30])
+def test_budgets_of_memory_change_nothing_but_what_is_kept(
+    loaded: BaseModel, adapters: list[Adapter], host_bytes: int, device_bytes: int
+) -> None:
     loads: list[str] = []
 
-    def load(adapter: Adapter) -> object:
+    def load(adapter: Adapter) -> AdapterFactors:
         loads.append(adapter.name)
         return load_factors(adapter)
 
-    size = load_factors(adapters[2]).size_bytes
-    cache = AdapterCache(size, load)  # type: ignore[arg-type]
-    cache.get((adapters[2],))
-    cache.get((adapters[2],))
-    assert loads == ["lora-6"]
-    cache.get((adapters[0], adapters[1]))
-    assert cache.size_bytes <= size
-    cache.get((adapters[2],))
-    assert loads == ["lora-6", "lora-1", "lora-3", "lora-6"]
+    engine = Engine(loaded, host_bytes=host_bytes, device_bytes=device_bytes, load=load)
+    asked = requests(adapters, Sampling(6))
+    texts = [completion.text for completion in engine.generate(asked)]
+    for request, text in zip(asked, texts, strict=True):
+        assert engine.generate([request])[0].text == text
+    if host_bytes:
+        assert sorted(loads) == ["lora-1", "lora-3", "lora-6"]
+    else:
+        assert len(loads) > 3
+    (again,) = engine.generate([asked[0]])
+    kept_on_device = engine.generate([asked[1], asked[0]])[1].trace.tiers == ("device",)
+    assert again.text == texts[0]
+    assert kept_on_device or not device_bytes
+    engine.close()
 
 
 @pytest.mark.parametrize("settings", [{"dtype": "float8"}, {"quantization": "2bit"}])
@@ -276,12 +346,14 @@ def test_quantized_bases_take_adapters(kind: Any, similarity: float) -> None:
     adapter = adapter_at(ADAPTERS_FOLDER / "sentiment", resolved.folder)
 
     def logits(settings: ModelSettings) -> torch.Tensor:
-        engine = Engine(load_base_model(resolved, settings))
-        prompt = PromptEncoder(engine.base.tokenizer).encode("Is this positive or negative? I loved it.", limit=99)
-        batch = RunningBatch(engine.base, [prompt.ids], 1)
-        composed = engine.compose([route_of("selection", (adapter, 1.0))])
-        with torch.inference_mode(), engine._layers.apply(composed):
-            return batch.prefill()[0]
+        base, factors = load_base_model(resolved, settings), load_factors(adapter)
+        prompt = PromptEncoder(base.tokenizer).encode("Is this positive or negative? I loved it.", limit=99)
+        pool = RankPool(base.groups, base.shapes, dtype=base.dtype, device=base.device, budget_bytes=1 << 28)
+        terms = terms_of(route_of("selection", (adapter, 1.0)), {adapter.digest: factors.rank})
+        with torch.inference_mode():
+            found = Prefill(Model(base, pool), [prompt.ids], [RowLora(terms, pool.pin(factors))]).advance(1 << 20)
+        assert found is not None
+        return found[0]
 
     exact = logits(ModelSettings(dtype="float32"))
     found = logits(ModelSettings(dtype="float32", quantization=kind))
@@ -290,5 +362,27 @@ def test_quantized_bases_take_adapters(kind: Any, similarity: float) -> None:
 
 def test_the_base_weights_are_never_changed(loaded: BaseModel, adapters: list[Adapter]) -> None:
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
-    Engine(loaded).generate(requests(adapters, Sampling(4)))
-    assert all(value.equal(before[name]) for name, value in loaded.model.state_dict().items())
+    engine = Engine(loaded)
+    engine.generate(requests(adapters, Sampling(4)))
+    engine.close()
+    after = loaded.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(value.view(torch.uint8).equal(before[name].view(torch.uint8)) for name, value in after.items())
+
+
+def test_a_program_that_never_closes_its_engine_ends_well(base: Path) -> None:
+    """A daemon thread that Python stops inside torch would abort the process."""
+    program = f"""
+from pathlib import Path
+from lora_hub_sdk.engine.base_model import load_base_model
+from lora_hub_sdk.engine.engine import Engine
+from lora_hub_sdk.engine.request import Request
+from lora_hub_sdk.models import resolve_model
+from lora_hub_sdk.types import Route, Sampling
+
+engine = Engine(load_base_model(resolve_model(Path({str(base)!r}))))
+engine.generate([Request("x", Route("base", "outputs", ()), Sampling(2))])
+engine.submit(Request("x", Route("base", "outputs", ()), Sampling(200)))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr

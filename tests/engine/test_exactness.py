@@ -12,10 +12,16 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_hub_sdk.engine.base_model import ModelSettings, load_base_model
-from lora_hub_sdk.engine.decode import RunningBatch
-from lora_hub_sdk.engine.engine import Engine, Request
+from lora_hub_sdk.composition.terms import terms_of
+from lora_hub_sdk.engine.adapter_file import load_factors
+from lora_hub_sdk.engine.base_model import BaseModel, ModelSettings, load_base_model
+from lora_hub_sdk.engine.batch_lora import RowLora
+from lora_hub_sdk.engine.engine import Engine
+from lora_hub_sdk.engine.forms import Form, choose_form
 from lora_hub_sdk.engine.prompt import PromptEncoder
+from lora_hub_sdk.engine.rank_pool import RankPool
+from lora_hub_sdk.engine.request import Request
+from lora_hub_sdk.engine.running import Model, Prefill, RunningRows
 from lora_hub_sdk.models import resolve_model
 from lora_hub_sdk.testing import tiny_adapter
 from lora_hub_sdk.testing.tiny import ATTENTION, MLP
@@ -46,6 +52,41 @@ POOL: tuple[dict[str, Any], ...] = (
 )
 
 
+class Passes:
+    """Prompts read and rows stepped by hand, to see logits and not only texts."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._encoder = PromptEncoder(base.tokenizer)
+        self.pool = RankPool(base.groups, base.shapes, dtype=base.dtype, device=base.device, budget_bytes=1 << 28)
+        self.model = Model(base, self.pool)
+
+    def ids(self, prompt: str) -> list[int]:
+        return list(self._encoder.encode(prompt, limit=200).ids)
+
+    def prefill(self, prompts: list[str], routes: list[Route]) -> Prefill:
+        return Prefill(self.model, [self.ids(prompt) for prompt in prompts], [self._row(route) for route in routes])
+
+    @torch.inference_mode()
+    def logits(self, prompts: list[str], routes: list[Route]) -> Tensor:
+        """(rows, vocabulary) after the prompts."""
+        found = self.prefill(prompts, routes).advance(1 << 20)
+        assert found is not None
+        return found
+
+    @torch.inference_mode()
+    def step(self, prompts: list[str], routes: list[Route], token: int) -> Tensor:
+        """(rows, vocabulary) after one token more."""
+        prefill, running = self.prefill(prompts, routes), RunningRows(self.model)
+        prefill.advance(1 << 20)
+        running.join(prefill, range(len(prompts)))
+        return running.step([token] * len(prompts))
+
+    def _row(self, route: Route) -> RowLora:
+        factors = {member.adapter.digest: load_factors(member.adapter) for member in route.members}
+        terms = terms_of(route, {digest: one.rank for digest, one in factors.items()})
+        return RowLora(terms, tuple(row for digest in terms.digests for row in self.pool.pin(factors[digest])))
+
+
 class Bench:
     """One base model with a pool of adapters, an engine over it, and the references beside it."""
 
@@ -56,16 +97,8 @@ class Bench:
         self.adapters = [adapter_at(path, base, id=place) for place, path in enumerate(folders)]
         self.engine = Engine(load_base_model(resolve_model(base), ModelSettings(dtype="float32")))
         self.dense = DenseReference(base, AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
-        self._encoder = PromptEncoder(self.engine.base.tokenizer)
-
-    def ids(self, prompt: str) -> list[int]:
-        return list(self._encoder.encode(prompt, limit=200).ids)
-
-    def batch_logits(self, prompts: list[str], routes: list[Route]) -> Tensor:
-        composed = self.engine.compose(routes)
-        batch = RunningBatch(self.engine.base, [self.ids(prompt) for prompt in prompts], 1)
-        with torch.inference_mode(), self.engine._layers.apply(composed):
-            return batch.prefill()
+        self.passes = Passes(self.engine.base)
+        self.ids, self.batch_logits = self.passes.ids, self.passes.logits
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +150,35 @@ def check_rows(bench: Bench, rows: list[tuple[str, str, list[tuple[int, float]]]
 @given(rows=batches())
 def test_tiny_batches_equal_dense_deltas_and_rows_alone(bench: Bench, rows: Any) -> None:
     check_rows(bench, rows, tokens=6)
+
+
+@pytest.mark.parametrize("form", ["lookup", "dense", "gather"])
+def test_every_form_of_a_step_equals_dense_deltas(bench: Bench, form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ["a", "two words", "a third prompt that is longer", "b", "c"]
+    routes = [
+        route_of("fusion", *((bench.adapters[at], 0.3) for at in (0, 6, 7))),
+        route_of("base"),
+        route_of("mixture", *((bench.adapters[at], 0.25) for at in range(1, 10, 2))),
+        route_of("fusion", *((bench.adapters[at], 0.2) for at in (4, 5, 8, 9))),
+        route_of("selection", (bench.adapters[5], 1.0)),
+    ]
+    monkeypatch.setattr(
+        "lora_hub_sdk.engine.batch_lora.choose_form", lambda **at: form if at["tokens"] == 1 else choose_form(**at)
+    )
+    found = bench.passes.step(prompts, routes, 9)
+    for row, (prompt, route) in enumerate(zip(prompts, routes, strict=True)):
+        assert relative_error(found[row], bench.dense.logits(route, [*bench.ids(prompt), 9])) < TOLERANCE
+
+
+@pytest.mark.parametrize("strategy", ["mixture", "fusion"])
+def test_a_route_that_all_rows_share_equals_dense_deltas(bench: Bench, strategy: str) -> None:
+    route = route_of(strategy, *((bench.adapters[at], 0.3) for at in (0, 6, 7)))
+    prompts = ["a", "two words", "a third prompt that is longer"]
+    read, stepped = bench.batch_logits(prompts, [route] * 3), bench.passes.step(prompts, [route] * 3, 9)
+    for row, prompt in enumerate(prompts):
+        ids = bench.ids(prompt)
+        assert relative_error(read[row], bench.dense.logits(route, ids)) < TOLERANCE
+        assert relative_error(stepped[row], bench.dense.logits(route, [*ids, 9])) < TOLERANCE
 
 
 def random_rows(seed_: int) -> list[tuple[str, str, list[tuple[int, float]]]]:
@@ -193,9 +255,9 @@ def test_an_unmistakable_adapter_never_shows_in_another_row(bench: Bench) -> Non
 
 def test_bfloat16_stays_within_its_tolerance(base: Path, bench: Bench) -> None:
     """bfloat16 keeps 8 bits: logits of a composed row stay within 5 % of the largest float32 logit."""
-    engine = Engine(load_base_model(resolve_model(base), ModelSettings(dtype="bfloat16")))
     route = route_of("mixture", *((bench.adapters[place], 1 / 3) for place in (2, 3, 6)))
-    batch = RunningBatch(engine.base, [bench.ids("some prompt"), bench.ids("x")], 1)
-    with torch.inference_mode(), engine._layers.apply(engine.compose([route, route_of("base")])):
-        found = batch.prefill()
-    assert relative_error(found[0], bench.dense.logits(route, bench.ids("some prompt"))) < 0.05
+    ids = bench.ids("some prompt")
+    passes = Passes(load_base_model(resolve_model(base), ModelSettings(dtype="bfloat16")))
+    asked = ["some prompt", "x"], [route, route_of("base")]
+    assert relative_error(passes.logits(*asked)[0], bench.dense.logits(route, ids)) < 0.05
+    assert relative_error(passes.step(*asked, 7)[0], bench.dense.logits(route, [*ids, 7])) < 0.05

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,19 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 from langchain_lora_hub import LoraRetrieverLLM
 
-from lora_hub_sdk.errors import ConfigurationError, EmptyPromptError, NoAdaptersError, UnknownStrategyError
+from lora_hub_sdk import EngineSettings
+from lora_hub_sdk.engine.scheduler import Limits
+from lora_hub_sdk.errors import (
+    ConfigurationError,
+    DeadlineExceededError,
+    EmptyPromptError,
+    NoAdaptersError,
+    UnknownStrategyError,
+)
 from lora_hub_sdk.hub import LoraHub
-from lora_hub_sdk.testing import tiny_adapter
+from lora_hub_sdk.testing import tiny_adapter, tiny_base
+from tests.encoders import Gate, Hashing
+from tests.support import endless_prompts
 
 TASKS = {
     "french": ["Translate into French: good morning", "How do you say thanks in French?"],
@@ -154,6 +168,7 @@ def test_the_cache_is_never_stale(pool: LoraHub, base: Path, tmp_path: Path) -> 
         ({"weights": "odd"}, ConfigurationError),
         ({"temperature": -1.0}, ConfigurationError),
         ({"max_new_tokens": 0}, ConfigurationError),
+        ({"timeout_s": 0.0}, ConfigurationError),
         ({"adapters": ()}, ConfigurationError),
         ({"strategi": "mixture"}, ValueError),
         ({"dtype": "float8"}, ValueError),
@@ -238,3 +253,160 @@ def test_the_config_of_a_call_sets_its_namespace(pool: LoraHub, base: Path, tmp_
     assert engine.batches == before + 2, "one batch for each namespace"
     with pytest.raises(NoAdaptersError, match="nobody"):
         chain.invoke({"task": "thanks"}, {"configurable": {"namespace": "nobody"}})
+
+
+# -- many at once -----------------------------------------------------------------------------------------------------
+
+
+class LockedHub(LoraHub):
+    """Its registry's digest, which goes into every cache's key, waits for a gate, as SQL may."""
+
+    gate: Gate | None = None
+
+    @property
+    def digest(self) -> str:
+        if self.gate is not None:
+            self.gate()
+        return super().digest
+
+
+@pytest.fixture
+def crowded(base: Path, tmp_path: Path) -> Iterator[tuple[LockedHub, Gate]]:
+    """A hub whose engine waits for 64 rows, and whose encoder waits for a gate."""
+    gate = Gate()
+    doors: list[Callable[[object], None]] = []
+    engines = EngineSettings(Limits(max_rows=64, gather_s=60.0, prefill_tokens=1 << 16))
+    encoder = Hashing("one", lambda texts: [door(texts) for door in doors])
+    with closing(LockedHub(tmp_path / "crowd.db", encoder=encoder, engines=engines)) as hub:
+        for seed, (name, samples) in enumerate(TASKS.items()):
+            hub.register(tiny_adapter(tmp_path / name, base, seed=seed), samples=samples)
+        doors.append(gate)
+        yield hub, gate
+        gate.open()
+
+
+@pytest.fixture
+def endless(hub: LoraHub, tmp_path: Path) -> LoraRetrieverLLM:
+    """A model whose answers would take minutes."""
+    wide = tiny_base(tmp_path / "wide", seed=3, context=40_000)
+    hub.register(tiny_adapter(tmp_path / "french", wide), samples=TASKS["french"])
+    return LoraRetrieverLLM(hub=hub, base_model=str(wide), max_new_tokens=30_000)
+
+
+@pytest.fixture
+def long_prompts(endless: LoraRetrieverLLM, hub: LoraHub) -> list[str]:
+    return endless_prompts(hub, Path(endless.base_model), 2)
+
+
+def test_64_tasks_are_one_batch_and_the_loop_turns_all_the_while(crowded: tuple[LockedHub, Gate], base: Path) -> None:
+    hub, gate = crowded
+    hub.gate = digest = Gate()
+    llm = LoraRetrieverLLM(hub=hub, base_model=str(base), max_new_tokens=6)
+    prompts = [f"prompt {number:02}" for number in range(64)]
+
+    class Started(BaseCallbackHandler):
+        run_inline = True
+        count = 0
+
+        def on_llm_start(self, *_: Any, **__: Any) -> None:
+            self.count += 1
+
+    started = Started()
+
+    async def ask() -> list[str]:
+        answers = asyncio.gather(*(llm.ainvoke(prompt, {"callbacks": [started]}) for prompt in prompts))
+        # Each gate is opened by the loop. Were it held up by a call that waits there, it would never come to that.
+        for door, least in ((digest, 0), (gate, 64)):
+            while not door.reached.is_set() or started.count < least:
+                await asyncio.sleep(0)
+            for _ in range(50):
+                await asyncio.sleep(0)
+            door.open()
+        return await answers
+
+    found = asyncio.run(ask())
+    assert len(gate.calls) <= 3, "the first few prompts are routed, then all the others at once"
+    assert hub.engine(base).batches == 1
+    assert llm.batch([*prompts]) == found
+    assert hub.engine(base).batches == 2
+
+
+def test_cancelling_one_task_frees_its_row_and_no_other(
+    endless: LoraRetrieverLLM, hub: LoraHub, long_prompts: list[str]
+) -> None:
+    engine = hub.engine(endless.base_model)
+    given_up, other = long_prompts
+    whole = endless.invoke(other, max_new_tokens=200)
+
+    async def cancel() -> None:
+        task = asyncio.create_task(endless.ainvoke(given_up))
+        while engine.stats().running < 1:
+            await asyncio.sleep(0.002)
+        pieces: Any = endless.astream(other, max_new_tokens=200)
+        answer = await anext(pieces)
+        assert engine.stats().running == 2
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert answer + "".join([piece async for piece in pieces]) == whole
+
+    asyncio.run(cancel())
+    assert engine.stats().requests["cancelled"] == 1
+
+
+def test_leaving_an_asynchronous_stream_frees_its_row(
+    endless: LoraRetrieverLLM, hub: LoraHub, long_prompts: list[str]
+) -> None:
+    engine = hub.engine(endless.base_model)
+
+    async def leave() -> None:
+        pieces: Any = endless.astream(long_prompts[0])
+        assert await anext(pieces)
+        await pieces.aclose()
+
+    asyncio.run(leave())
+    until = time.monotonic() + 60
+    while engine.stats().requests["cancelled"] == 0:
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+def test_a_call_ends_at_its_deadline(endless: LoraRetrieverLLM, long_prompts: list[str]) -> None:
+    with pytest.raises(DeadlineExceededError):
+        endless.invoke(long_prompts[0], timeout_s=0.5)
+    with pytest.raises(DeadlineExceededError):
+        asyncio.run(endless.model_copy(update={"timeout_s": 0.5}).ainvoke(long_prompts[0]))
+    with pytest.raises(ConfigurationError, match="timeout_s=-1"):
+        endless.invoke(long_prompts[0], timeout_s=-1)
+
+
+def test_a_deadline_is_no_part_of_the_caches_key(pool: LoraHub, base: Path) -> None:
+    llm = LoraRetrieverLLM(hub=pool, base_model=str(base), max_new_tokens=4, cache=InMemoryCache())
+    answer = llm.invoke("Add 3 and 4")
+    assert asyncio.run(llm.ainvoke("Add 3 and 4", timeout_s=60)) == answer
+    assert pool.engine(base).batches == 1
+
+
+def test_threads_and_tasks_get_the_answers_of_one_batch(llm: LoraRetrieverLLM) -> None:
+    expected = llm.batch(PROMPTS)
+    found: list[list[str]] = []
+
+    async def gathered() -> list[str]:
+        return await asyncio.gather(*(llm.ainvoke(prompt) for prompt in PROMPTS))
+
+    async def streamed() -> list[str]:
+        async def whole(prompt: str) -> str:
+            return "".join([piece async for piece in llm.astream(prompt)])
+
+        return await asyncio.gather(*(whole(prompt) for prompt in PROMPTS))
+
+    def each() -> None:
+        found.append([llm.invoke(prompt) for prompt in PROMPTS])
+
+    threads = [threading.Thread(target=each) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert asyncio.run(gathered()) == asyncio.run(streamed()) == expected
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 3

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_hub_sdk.engine.adapter_cache import AdapterCache
+from lora_hub_sdk.engine.adapter_store import AdapterStore
 from lora_hub_sdk.hub import LoraHub
 from lora_hub_sdk.testing import LocalHub
 from lora_hub_sdk.types import Event, Routing, Sampling
@@ -146,7 +146,7 @@ def switch(hub: LoraHub, grounds: Grounds, base: Path, routing: Routing) -> None
     """Update back and forth while two threads generate, and compare each answer with the one given in peace."""
     revisions, prompts = grounds.repositories["user/moves"], ["Move it", "Move it on"]
     # Nothing is kept in memory, so that each batch reads files, which a collection may just have removed.
-    hub.engine(base)._cache = AdapterCache(0, hub._factors_of)
+    hub.engine(base)._worker._store = AdapterStore(0, hub._factors_of)
 
     def answer() -> list[tuple[str, str]]:
         completions = hub.generate(prompts, base_model=base, routing=routing, sampling=Sampling(max_new_tokens=6))
