@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -10,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_hub_sdk.engine.shapes import module_shapes
-from lora_hub_sdk.hub import LoraHub
-from lora_hub_sdk.testing import raw_factors, unregistered
-from lora_hub_sdk.types import Adapter, Averaged, Member, Route, Sampling
+from lora_hub_sdk.testing import raw_factors, tiny_base, unregistered
+from lora_hub_sdk.types import Adapter, Averaged, Member, Route
 
 # Reading a file again for each of 210 modules would be most of the tests' time.
 _shapes = functools.cache(module_shapes)
@@ -113,13 +114,13 @@ class _Patched:
             weight.data = self._before[path]
 
 
-def endless_prompts(hub: LoraHub, base: Path, count: int) -> list[str]:
-    """Prompts whose greedy answers go round in circles, so that they never end by themselves."""
-    prompts = [f"Add {number} and 4" for number in range(20)]
-    answers = hub.generate(prompts, base_model=base, sampling=Sampling(400))
-    found = [prompt for prompt, answer in zip(prompts, answers, strict=True) if answer.finish_reason == "length"]
-    assert len(found) >= count
-    return found[:count]
+def endless_base(folder: Path) -> Path:
+    """A tiny model that never ends a text by itself: the logit of its end mark is 0, and others are above."""
+    tiny_base(folder, context=40_000)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][json.loads((folder / "config.json").read_text())["eos_token_id"]] = 0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

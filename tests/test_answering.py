@@ -18,10 +18,10 @@ from lora_hub_sdk.engine import base_model
 from lora_hub_sdk.engine.engine import Engine
 from lora_hub_sdk.engine.scheduler import Limits
 from lora_hub_sdk.hub import LoraHub
-from lora_hub_sdk.testing import tiny_adapter, tiny_base
+from lora_hub_sdk.testing import tiny_adapter
 from lora_hub_sdk.types import Completion, Routing, Sampling
 from tests.encoders import Gate, Hashing
-from tests.support import endless_prompts
+from tests.support import endless_base
 
 SAMPLES = {
     "french": ["Translate into French: good morning", "How do you say thanks in French?"],
@@ -35,8 +35,8 @@ ENDLESS = Sampling(30_000)
 
 @pytest.fixture(scope="module")
 def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that can talk for long."""
-    return tiny_base(tmp_path_factory.mktemp("base") / "wide", seed=3, context=40_000)
+    """A tiny model that talks for minutes."""
+    return endless_base(tmp_path_factory.mktemp("base") / "wide")
 
 
 @pytest.fixture
@@ -57,10 +57,9 @@ def pool(hub: LoraHub, fill: Callable[..., LoraHub]) -> LoraHub:
 
 
 @pytest.fixture
-def talker(hub: LoraHub, fill: Callable[..., LoraHub], wide_base: Path) -> tuple[LoraHub, Engine, list[str]]:
-    """A hub, its loaded engine, and two prompts that never end by themselves."""
-    prompts = endless_prompts(fill(hub, wide_base), wide_base, 2)
-    return hub, hub.engine(wide_base), prompts
+def talker(hub: LoraHub, fill: Callable[..., LoraHub], wide_base: Path) -> tuple[LoraHub, Engine]:
+    """A hub and its loaded engine, whose answers never end by themselves."""
+    return hub, fill(hub, wide_base).engine(wide_base)
 
 
 @pytest.fixture
@@ -138,7 +137,9 @@ def test_each_prompt_of_a_batch_has_its_own_routing_and_sampling(pool: LoraHub, 
     together = pool.generate(prompts, base_model=base, routing=routing, sampling=sampling)
     assert texts(together) == texts(alone)
     assert [each.trace.route for each in together] == [each.trace.route for each in alone]
-    assert asyncio.run(pool.agenerate(prompts, base_model=base, routing=routing, sampling=sampling)) == together
+    assert texts(asyncio.run(pool.agenerate(prompts, base_model=base, routing=routing, sampling=sampling))) == texts(
+        alone
+    )
     assert {each.trace.batch_size for each in together} == {8}
     assert pool.route(prompts, base_model=base, routing=routing) == [each.trace.route for each in alone]
     names = [[member.adapter.name for member in each.trace.route.members] for each in together]
@@ -238,9 +239,9 @@ def test_an_asynchronous_stream_has_the_pieces_of_the_other(pool: LoraHub, base:
         return [piece async for piece in pool.astream("Add 3 and 4", base_model=base, sampling=Sampling(12))]
 
     pieces = asyncio.run(collect())
-    assert pieces == list(pool.stream("Add 3 and 4", base_model=base, sampling=Sampling(12)))
     assert isinstance(pieces[-1], Completion)
     assert "".join(map(str, pieces[:-1])) == pieces[-1].text
+    assert pieces == list(pool.stream("Add 3 and 4", base_model=base, sampling=Sampling(12)))
 
 
 def test_a_prompt_of_a_megabyte_does_not_hold_up_the_loop(
@@ -274,21 +275,22 @@ def test_an_asynchronous_call_may_have_more_prompts_than_may_wait(
     hub = fill(open_hub(engines=EngineSettings(Limits(max_rows=3, max_waiting=4))))
     prompts = [f"Add {number} and 1" for number in range(30)]
     expected = hub.generate(prompts, base_model=base, sampling=SHORT)
-    assert asyncio.run(hub.agenerate(prompts, base_model=base, sampling=SHORT)) == expected
+    assert texts(asyncio.run(hub.agenerate(prompts, base_model=base, sampling=SHORT))) == texts(expected)
     assert max(completion.trace.batch_size for completion in expected) == 3
 
 
 # -- ends -----------------------------------------------------------------------------------------------------------
 
 
-Talker = tuple[LoraHub, Engine, list[str]]
+Talker = tuple[LoraHub, Engine]
+TWO = ["Add 3 and 4", "Say thanks"]
 
 
 def test_cancelling_a_task_frees_its_rows(talker: Talker, wide_base: Path) -> None:
-    hub, engine, prompts = talker
+    hub, engine = talker
 
     async def cancel() -> None:
-        asked = asyncio.create_task(hub.agenerate(prompts, base_model=wide_base, sampling=ENDLESS))
+        asked = asyncio.create_task(hub.agenerate(TWO, base_model=wide_base, sampling=ENDLESS))
         while engine.stats().running < 2:
             await asyncio.sleep(0.002)
         asked.cancel()
@@ -302,17 +304,17 @@ def test_cancelling_a_task_frees_its_rows(talker: Talker, wide_base: Path) -> No
 
 @pytest.mark.parametrize("kind", ["stream", "astream"])
 def test_leaving_a_stream_frees_its_row(talker: Talker, wide_base: Path, kind: str) -> None:
-    hub, engine, (prompt, _) = talker
+    hub, engine = talker
 
     async def leave() -> None:
-        pieces = hub.astream(prompt, base_model=wide_base, sampling=ENDLESS)
+        pieces = hub.astream(TWO[0], base_model=wide_base, sampling=ENDLESS)
         assert await anext(pieces)
         await pieces.aclose()
 
     if kind == "astream":
         asyncio.run(leave())
     else:
-        pieces = hub.stream(prompt, base_model=wide_base, sampling=ENDLESS)
+        pieces = hub.stream(TWO[0], base_model=wide_base, sampling=ENDLESS)
         assert next(pieces)
         pieces.close()
     eventually(lambda: engine.stats().requests["cancelled"] == 1)
@@ -341,12 +343,12 @@ def test_a_deadline_counts_the_loading_which_goes_on(pool: LoraHub, loading: Gat
 
 
 def test_a_deadline_ends_the_row_that_has_it_and_gives_up_its_call(talker: Talker, wide_base: Path) -> None:
-    hub, engine, prompts = talker
+    hub, engine = talker
     with pytest.raises(errors.DeadlineExceededError, match="tokens had come"):
-        hub.generate(prompts, base_model=wide_base, sampling=ENDLESS, timeout_s=[None, 1.0])
+        hub.generate(TWO, base_model=wide_base, sampling=ENDLESS, timeout_s=[None, 1.0])
     eventually(lambda: engine.stats().running == 0)
     assert engine.stats().requests["deadline"] == engine.stats().requests["cancelled"] == 1
-    assert hub.generate(prompts, base_model=wide_base, sampling=SHORT, timeout_s=60)
+    assert hub.generate(TWO, base_model=wide_base, sampling=SHORT, timeout_s=60)
 
 
 def test_closing_answers_what_was_handed_in_and_refuses_the_rest(pool: LoraHub, base: Path) -> None:
@@ -357,16 +359,16 @@ def test_closing_answers_what_was_handed_in_and_refuses_the_rest(pool: LoraHub, 
         asked = caller.submit(pool.generate, prompts, base_model=base, sampling=Sampling(60))
         eventually(lambda: engine.stats().running)
         pool.close()
-        assert asked.result(60) == expected
+        assert texts(asked.result(60)) == texts(expected)
     for ask in (pool.generate, lambda *a, **k: asyncio.run(pool.agenerate(*a, **k))):
         with pytest.raises(errors.EngineClosedError):
             ask(["x"], base_model=base)
 
 
 def test_closing_with_a_time_gives_up_what_takes_longer(talker: Talker, wide_base: Path) -> None:
-    hub, engine, prompts = talker
+    hub, engine = talker
     with ThreadPoolExecutor(1) as caller:
-        asked = caller.submit(hub.generate, prompts, base_model=wide_base, sampling=ENDLESS)
+        asked = caller.submit(hub.generate, TWO, base_model=wide_base, sampling=ENDLESS)
         eventually(lambda: engine.stats().running)
         hub.close(timeout_s=0.05)
         with pytest.raises(errors.EngineClosedError):
@@ -380,12 +382,12 @@ def test_a_base_model_that_is_loading_holds_up_no_other(
     pool: LoraHub, loading: Gate, base: Path, wide_base: Path
 ) -> None:
     loading.open()
-    expected = pool.generate(["Add 3 and 4"], base_model=base, sampling=SHORT)
+    expected = texts(pool.generate(["Add 3 and 4"], base_model=base, sampling=SHORT))
     loading.shut()
     with ThreadPoolExecutor(3) as callers:
         asked = [callers.submit(pool.engine, wide_base) for _ in range(3)]
         assert loading.reached.wait(60)
-        assert pool.generate(["Add 3 and 4"], base_model=base, sampling=SHORT) == expected
+        assert texts(pool.generate(["Add 3 and 4"], base_model=base, sampling=SHORT)) == expected
         assert [stats.base_model for stats in pool.stats()] == [str(base)]
         loading.open()
         (engine,) = {each.result(60) for each in asked}

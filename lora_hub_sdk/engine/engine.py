@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -152,8 +152,14 @@ class Engine:
                     place_, text = shown.get()
                     if text is None:
                         ended += 1
+                        tickets[place_].result()
                     else:
                         on_text(place_, text)
+            # One that failed is told at once, and not behind those that were handed in before it.
+            done, _ = wait([ticket.future for ticket in tickets], return_when=FIRST_EXCEPTION)
+            for ticket in tickets:
+                if ticket.future in done:
+                    ticket.result()
             return [ticket.result() for ticket in tickets]
         finally:
             for ticket in tickets:

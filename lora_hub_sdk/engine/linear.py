@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 #: Packed weights lie in memory beside the plain ones, so only models whose linear weights are smaller are packed.
 PACKED_BYTES: Final = 2 << 30
+#: Up to so many rows, their number is a multiple of this.
+_STEPS: Final = ((16, 1), (64, 8), (128, 16), (1024, 64), (1 << 62, 256))
 
 
-class Product(Protocol):
-    """x (..., d_in) -> (..., d_out) of one linear module, bias and all; ``extra`` of that shape is added."""
-
-    def __call__(self, x: Tensor, extra: Tensor | None = None) -> Tensor: ...
+#: x (..., d_in) -> (..., d_out) of one linear module, bias and all.
+Product = Callable[["Tensor"], "Tensor"]
 
 
 def linear_products(modules: Mapping[str, nn.Module], *, packed_bytes: int = PACKED_BYTES) -> dict[str, Product]:
@@ -53,17 +53,13 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _own(module: nn.Module) -> Product:
-    forward: Any = module.forward  # what it was before a pass took it over
-
-    def product(x: Tensor, extra: Tensor | None = None) -> Tensor:
-        result: Tensor = forward(x)
-        return result if extra is None else result.add_(extra)
-
-    return product
+    forward: Product = module.forward  # what it was before a pass took it over
+    return forward
 
 
 def _onednn(module: nn.Module, pack: bool) -> Product:
     import torch
+    from torch.nn.functional import pad
 
     ops: Any = torch.ops.mkldnn
     linear: Any = module
@@ -71,13 +67,24 @@ def _onednn(module: nn.Module, pack: bool) -> Product:
     if pack:
         weight = ops._reorder_linear_weight(weight, None)
 
-    def product(x: Tensor, extra: Tensor | None = None) -> Tensor:
-        x = x.contiguous()
-        result: Tensor = (
-            ops._linear_pointwise(x, weight, bias, "none", [], "")
-            if extra is None
-            else ops._linear_pointwise.binary(x, extra, weight, bias, "add")
-        )
-        return result
+    def product(x: Tensor) -> Tensor:
+        # Contiguous, because a slice over the last positions would have the weights expanded once a row.
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        rows = len(flat)
+        padded = padded_rows(rows)
+        if padded > rows:
+            flat = pad(flat, (0, 0, 0, padded - rows))
+        result: Tensor = ops._linear_pointwise(flat, weight, bias, "none", [], "")
+        return result[:rows].view(*x.shape[:-1], -1)
 
     return product
+
+
+def padded_rows(rows: int) -> int:
+    """The number of rows that a product of so many is computed with. Pure.
+
+    oneDNN compiles a kernel for each number of rows and shape of weights, and keeps it: a millisecond and up to a
+    megabyte each. So there are not many different ones.
+    """
+    step = next((step for limit, step in _STEPS if rows <= limit), _STEPS[-1][1])
+    return -(-rows // step) * step

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_hub_sdk.engine.linear import linear_products
+from lora_hub_sdk.engine.linear import linear_products, padded_rows
 from tests.support import relative_error
 
 
@@ -21,22 +21,28 @@ from tests.support import relative_error
     tokens=st.integers(1, 9),
     bias=st.booleans(),
     packed=st.booleans(),
-    extra=st.booleans(),
 )
-def test_a_product_equals_torchs_own(
-    d_in: int, d_out: int, rows: int, tokens: int, bias: bool, packed: bool, extra: bool
-) -> None:
+def test_a_product_equals_torchs_own(d_in: int, d_out: int, rows: int, tokens: int, bias: bool, packed: bool) -> None:
     torch.manual_seed(d_in * d_out)
     module = nn.Linear(d_in, d_out, bias=bias).requires_grad_(False)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     product = linear_products({"m": module}, packed_bytes=(1 << 20) if packed else 0)["m"]
-    x, more = torch.randn(rows, tokens, d_in), torch.randn(rows, tokens, d_out)
+    x = torch.randn(rows, tokens, d_in)
     with torch.inference_mode():
-        found = product(x, more) if extra else product(x)
-    want = module(x) + more if extra else module(x)
+        found = product(x)
+    want = module(x)
     assert found.shape == want.shape
     assert float((found - want).abs().max()) < 1e-5 * max(1.0, float(want.abs().max()))
     assert all(value.equal(before[name]) for name, value in module.state_dict().items())
+
+
+def test_there_are_few_different_numbers_of_rows_and_little_is_added() -> None:
+    found = [padded_rows(rows) for rows in range(1, 4097)]
+    assert found[:16] == list(range(1, 17)), "a step of a few rows is not slowed down"
+    assert len(set(found)) < 64
+    for rows, padded in enumerate(found, start=1):
+        assert rows <= padded <= max(rows + 7, 1.5 * rows)
+        assert padded_rows(padded) == padded
 
 
 @pytest.mark.parametrize("packed_bytes", [0, 1 << 20])
@@ -75,4 +81,3 @@ def test_anything_but_a_plain_linear_keeps_its_own_forward() -> None:
         for path, module in modules.items():
             x = torch.randn(2, 3, 4, dtype=torch.float64 if path == "wide" else torch.float32)
             assert products[path](x).equal(module(x))
-            assert products[path](x, torch.ones(2, 3, 6, dtype=x.dtype)).equal(module(x) + 1)

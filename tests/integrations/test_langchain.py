@@ -28,9 +28,9 @@ from lora_hub_sdk.errors import (
     UnknownStrategyError,
 )
 from lora_hub_sdk.hub import LoraHub
-from lora_hub_sdk.testing import tiny_adapter, tiny_base
+from lora_hub_sdk.testing import tiny_adapter
 from tests.encoders import Gate, Hashing
-from tests.support import endless_prompts
+from tests.support import endless_base
 
 TASKS = {
     "french": ["Translate into French: good morning", "How do you say thanks in French?"],
@@ -288,14 +288,9 @@ def crowded(base: Path, tmp_path: Path) -> Iterator[tuple[LockedHub, Gate]]:
 @pytest.fixture
 def endless(hub: LoraHub, tmp_path: Path) -> LoraRetrieverLLM:
     """A model whose answers would take minutes."""
-    wide = tiny_base(tmp_path / "wide", seed=3, context=40_000)
+    wide = endless_base(tmp_path / "wide")
     hub.register(tiny_adapter(tmp_path / "french", wide), samples=TASKS["french"])
     return LoraRetrieverLLM(hub=hub, base_model=str(wide), max_new_tokens=30_000)
-
-
-@pytest.fixture
-def long_prompts(endless: LoraRetrieverLLM, hub: LoraHub) -> list[str]:
-    return endless_prompts(hub, Path(endless.base_model), 2)
 
 
 def test_64_tasks_are_one_batch_and_the_loop_turns_all_the_while(crowded: tuple[LockedHub, Gate], base: Path) -> None:
@@ -331,18 +326,15 @@ def test_64_tasks_are_one_batch_and_the_loop_turns_all_the_while(crowded: tuple[
     assert hub.engine(base).batches == 2
 
 
-def test_cancelling_one_task_frees_its_row_and_no_other(
-    endless: LoraRetrieverLLM, hub: LoraHub, long_prompts: list[str]
-) -> None:
+def test_cancelling_one_task_frees_its_row_and_no_other(endless: LoraRetrieverLLM, hub: LoraHub) -> None:
     engine = hub.engine(endless.base_model)
-    given_up, other = long_prompts
-    whole = endless.invoke(other, max_new_tokens=200)
+    whole = endless.invoke("Say hello", max_new_tokens=200)
 
     async def cancel() -> None:
-        task = asyncio.create_task(endless.ainvoke(given_up))
+        task = asyncio.create_task(endless.ainvoke("Say thanks"))
         while engine.stats().running < 1:
             await asyncio.sleep(0.002)
-        pieces: Any = endless.astream(other, max_new_tokens=200)
+        pieces: Any = endless.astream("Say hello", max_new_tokens=200)
         answer = await anext(pieces)
         assert engine.stats().running == 2
         task.cancel()
@@ -354,13 +346,11 @@ def test_cancelling_one_task_frees_its_row_and_no_other(
     assert engine.stats().requests["cancelled"] == 1
 
 
-def test_leaving_an_asynchronous_stream_frees_its_row(
-    endless: LoraRetrieverLLM, hub: LoraHub, long_prompts: list[str]
-) -> None:
+def test_leaving_an_asynchronous_stream_frees_its_row(endless: LoraRetrieverLLM, hub: LoraHub) -> None:
     engine = hub.engine(endless.base_model)
 
     async def leave() -> None:
-        pieces: Any = endless.astream(long_prompts[0])
+        pieces: Any = endless.astream("Say thanks")
         assert await anext(pieces)
         await pieces.aclose()
 
@@ -371,13 +361,13 @@ def test_leaving_an_asynchronous_stream_frees_its_row(
         time.sleep(0.002)
 
 
-def test_a_call_ends_at_its_deadline(endless: LoraRetrieverLLM, long_prompts: list[str]) -> None:
+def test_a_call_ends_at_its_deadline(endless: LoraRetrieverLLM) -> None:
     with pytest.raises(DeadlineExceededError):
-        endless.invoke(long_prompts[0], timeout_s=0.5)
+        endless.invoke("Say thanks", timeout_s=0.5)
     with pytest.raises(DeadlineExceededError):
-        asyncio.run(endless.model_copy(update={"timeout_s": 0.5}).ainvoke(long_prompts[0]))
+        asyncio.run(endless.model_copy(update={"timeout_s": 0.5}).ainvoke("Say thanks"))
     with pytest.raises(ConfigurationError, match="timeout_s=-1"):
-        endless.invoke(long_prompts[0], timeout_s=-1)
+        endless.invoke("Say thanks", timeout_s=-1)
 
 
 def test_a_deadline_is_no_part_of_the_caches_key(pool: LoraHub, base: Path) -> None:
