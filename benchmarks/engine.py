@@ -18,6 +18,7 @@ from typing import Final
 
 from benchmarks._engine_cold import measure_cold
 from benchmarks._engine_forms import measure_forms
+from benchmarks._engine_loops import measure_loops
 from benchmarks._engine_memory import measure_memory
 from benchmarks._engine_zipf import measure_zipf
 from benchmarks._report import Report
@@ -91,6 +92,11 @@ def _forms(model: Model, folder: Path, options: argparse.Namespace) -> Iterator[
     yield measure_forms(model, random_adapters(folder, model.folder, sizes.adapters, sizes.rank), sizes)
 
 
+def _loops(model: Model, folder: Path, options: argparse.Namespace) -> Iterator[Report]:
+    sizes = Sizes.of(options)
+    yield measure_loops(model, random_adapters(folder, model.folder, sizes.k, sizes.rank), sizes)
+
+
 PARTS: Final[Mapping[str, Part]] = {
     "steps": _steps,
     "memory": _memory,
@@ -98,6 +104,7 @@ PARTS: Final[Mapping[str, Part]] = {
     "callers": _callers,
     "cold": _cold,
     "forms": _forms,
+    "loops": _loops,
 }
 
 

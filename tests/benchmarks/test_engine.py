@@ -186,6 +186,15 @@ def test_every_part_runs_where_none_is_named(capsys: pytest.CaptureFixture[str],
     assert out.count("'cpu':") == len(PARTS) + 2  # steps and callers have two reports each
 
 
+@pytest.mark.slow  # transformers' paged cache takes what memory there is
+def test_the_loops_give_the_same_tokens(run: Callable[..., list[dict[str, Any]]]) -> None:
+    (report,) = run("loops")
+
+    for found in report["agree"].values():
+        assert found == {"rows_equal": 2 * SIZES.batch, "rows": 2 * SIZES.batch}
+    assert set(report["ratios"]) == {"engine / generate", "engine / generate_batch"}
+
+
 # -- the same on a GPU
 
 

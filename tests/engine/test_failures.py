@@ -555,7 +555,6 @@ def test_closing_with_a_timeout_gives_the_rest_up(
     closing.join(PATIENCE_S)
     assert not closing.is_alive()
     loading.open()
-    wait_for(lambda: engine._worker._store.stats().pinned_bytes == 0)
     assert_nothing_is_left(engine)
 
 
@@ -704,7 +703,6 @@ def test_too_late_is_too_late_wherever_it_waits(open_engine: Callable[..., Engin
     assert patient.result(PATIENCE_S).usage.completion_tokens == 4
     assert engine.stats().requests["deadline"] == 3
     loading.open()
-    wait_for(lambda: engine._worker._store.stats().pinned_bytes == 0)
     assert_nothing_is_left(engine)
 
 

@@ -6,6 +6,7 @@ import gc
 import random
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def test_a_burst_is_given_back_when_it_is_over(
     most = {"pool": 0, "store": 0, "cache": 0}
     tickets = largest.submit_many([random_request(pick, adapters) for _ in range(64)])
     inside: Any = largest._worker
-    while not all(ticket.future.done() for ticket in tickets):
+    while wait([ticket.future for ticket in tickets], 0.001).not_done:
         for name, bytes_ in (
             ("pool", inside._pool.size_bytes),
             ("store", inside._store.stats().bytes),
