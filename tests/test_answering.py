@@ -16,6 +16,8 @@ import pytest
 from lora_hub_sdk import EngineSettings, errors
 from lora_hub_sdk.engine import base_model
 from lora_hub_sdk.engine.engine import Engine
+from lora_hub_sdk.engine.prompt import EncodedPrompt, PromptEncoder
+from lora_hub_sdk.engine.request import Request
 from lora_hub_sdk.engine.scheduler import Limits
 from lora_hub_sdk.hub import LoraHub
 from lora_hub_sdk.testing import tiny_adapter
@@ -176,6 +178,13 @@ def test_options_that_do_not_fit_the_prompts_are_refused(
         asyncio.run(pool.agenerate(["one", "two"], base_model=base, **options))
 
 
+def test_nothing_is_routed_where_one_routing_is_wrong(gated: tuple[LoraHub, Gate], base: Path) -> None:
+    hub, gate = gated
+    with pytest.raises(errors.ConfigurationError, match="k=0"):
+        hub.generate(["one", "two"], base_model=base, routing=[Routing(), Routing(k=0)])
+    assert gate.calls == []
+
+
 def test_an_error_tells_the_prompts_place_whatever_its_routing(pool: LoraHub, base: Path) -> None:
     routing = [Routing("base"), Routing(), Routing("base"), Routing(k=2)]
     with pytest.raises(errors.EmptyPromptError) as empty:
@@ -247,22 +256,27 @@ def test_an_asynchronous_stream_has_the_pieces_of_the_other(pool: LoraHub, base:
 def test_a_prompt_of_a_megabyte_does_not_hold_up_the_loop(
     pool: LoraHub, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, engine = Gate(), pool.engine(base)
-    encode = engine._encode
+    gate, encode = Gate(), PromptEncoder.encode
+    engine = pool.engine(base)
+    (route,) = pool.route(["short"], base_model=base)
 
-    def wait_and_encode(place: int, request: Any) -> Any:
-        if len(request.prompt) > 1000:
+    def wait_and_encode(self: PromptEncoder, prompt: str, **options: Any) -> EncodedPrompt:
+        if len(prompt) > 1000:
             gate()
-        return encode(place, request)
+        return encode(self, prompt, **options)
 
-    monkeypatch.setattr(engine, "_encode", wait_and_encode)
+    monkeypatch.setattr(PromptEncoder, "encode", wait_and_encode)
 
     async def ask() -> tuple[list[Completion], list[Completion]]:
-        async with opened_by_ticks(gate):
-            long = asyncio.create_task(pool.agenerate(["long " * 200_000], base_model=base, sampling=SHORT))
-            while not gate.reached.is_set():
-                await asyncio.sleep(0)
-            return await pool.agenerate(["short"], base_model=base, sampling=SHORT), await long
+        long = asyncio.create_task(pool.agenerate(["long " * 200_000], base_model=base, sampling=SHORT))
+        while not gate.reached.is_set():
+            await asyncio.sleep(0)
+        # Nor does a short prompt that comes while the tokenizer is in use.
+        short = asyncio.create_task(engine.agenerate([Request("short", route, SHORT)]))
+        for _ in range(50):
+            await asyncio.sleep(0)
+        gate.open()
+        return await short, await long
 
     short, long = asyncio.run(ask())
     assert (len(short), len(long)) == (1, 1)

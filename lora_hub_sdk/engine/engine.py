@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from queue import SimpleQueue
+from time import sleep
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_hub_sdk.engine.adapter_file import Unverified, open_factors
@@ -38,6 +39,8 @@ _DEVICE_BYTES: Final = 2 << 30
 _CACHE_BYTES: Final = 2 << 30
 _DEVICE_SHARE: Final = 0.2
 _CACHE_SHARE: Final = 0.6
+#: A call that was begun asks for more room again after so many seconds, where others took what there was.
+_AGAIN_S: Final = 0.005
 #: Characters that an event loop may encode itself.
 _SHORT: Final = 4096
 
@@ -144,8 +147,9 @@ class Engine:
                 try:
                     tickets += self._submit(requests[part], encoded[part], make, client)
                 except EngineBusyError:  # others were quicker
-                    if oldest == place:
+                    if not tickets and not self._worker.room:
                         raise
+                    sleep(_AGAIN_S)
             if on_text is not None:
                 ended = 0
                 while ended < len(tickets):
@@ -183,8 +187,9 @@ class Engine:
                 try:
                     tickets += self._submit(requests[part], encoded[part], make, client)
                 except EngineBusyError:  # others were quicker
-                    if oldest == place:
+                    if not tickets and not self._worker.room:
                         raise
+                    await asyncio.sleep(_AGAIN_S)
             return list(await asyncio.gather(*(ticket.aresult() for ticket in tickets)))
         finally:
             for ticket in tickets:

@@ -278,9 +278,7 @@ def loud_adapter(folder: Path, base: Path, letter: str) -> Adapter:
     return adapter_at(folder, base, id=999)
 
 
-def test_an_adapter_is_never_heard_in_another_row(
-    base: Path, loaded: BaseModel, crowd: Crowd, tmp_path: Path
-) -> None:
+def test_an_adapter_is_never_heard_in_another_row(base: Path, loaded: BaseModel, crowd: Crowd, tmp_path: Path) -> None:
     pick = random.Random(3)
     asked = [Request(f"prompt {place}", random_route(pick, crowd.old[:40]), Sampling(12)) for place in range(24)]
     alone = answers_alone(loaded, asked)

@@ -266,7 +266,7 @@ class LockedHub(LoraHub):
     @property
     def digest(self) -> str:
         if self.gate is not None:
-            self.gate()
+            self.gate(threading.current_thread())
         return super().digest
 
 
@@ -320,6 +320,7 @@ def test_64_tasks_are_one_batch_and_the_loop_turns_all_the_while(crowded: tuple[
         return await answers
 
     found = asyncio.run(ask())
+    assert threading.main_thread() not in digest.calls
     assert len(gate.calls) <= 3, "the first few prompts are routed, then all the others at once"
     assert hub.engine(base).batches == 1
     assert llm.batch([*prompts]) == found
