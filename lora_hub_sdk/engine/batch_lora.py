@@ -51,6 +51,7 @@ class BatchLora:
             return "shared"
         return choose_form(
             on_cpu=self.device.type == "cpu",
+            half=self.dtype.itemsize == 2,
             tokens=tokens,
             routes=len(self._routes),
             looked_up=sum(len(row.ranks) for row in self.rows),

@@ -1,8 +1,13 @@
 """Which form of the LoRA product a forward pass takes, decided by its shape alone. Pure.
 
-Times in milliseconds for all linear layers of SmolLM2-135M and one step of 16 rows with three adapters of rank 6 each
-(two cores, `python -m benchmarks.engine --part forms`): "lookup" 8 in bfloat16 and 10 in float32, "gather" 14 and 31,
-products over composed copies 16 and 13; "dense" 11 and 24 with 180 different ranks, 1 with 18.
+What a form adds to all linear layers of SmolLM2-135M, in milliseconds, at a step of 16 rows with three adapters of rank 6
+each, by how many of these ranks are different (two cores, `python -m benchmarks.engine --part forms`):
+
+                   float32: 198    48    18      bfloat16: 198    48    18
+    lookup                 11.9   8.2   6.9               11.7   8.1   7.4
+    dense                  28.0   9.3   5.1               17.1   9.8   8.9
+    gather                 16.8  12.6  11.2               21.3  18.8  18.1
+    shared                   -     -    5.0                 -     -    8.8
 """
 
 from __future__ import annotations
@@ -15,25 +20,27 @@ from typing import Final, Literal
 #: "gather": each row's factors are copied side by side, for that layer and call only, then multiplied row by row.
 Form = Literal["shared", "lookup", "dense", "gather"]
 
-#: On a CPU a rank costs in "dense" twice what it costs a row that looks it up.
-_DENSE_COST_CPU: Final = 2
+#: On a CPU, products over the different ranks win where each is looked up so many times, in float32 and in half precision.
+_LOOKUPS: Final = 8
+_LOOKUPS_HALF: Final = 24
 #: On a GPU products are so much quicker than the bytes they read that only very many ranks make "dense" the worse form.
 _DENSE_RANKS_GPU: Final = 4096
 
 
-def choose_form(*, on_cpu: bool, tokens: int, routes: int, looked_up: int, different: int) -> Form:
+def choose_form(*, on_cpu: bool, half: bool, tokens: int, routes: int, looked_up: int, different: int) -> Form:
     """The form for a forward pass.
 
     Args:
+        half: whether the factors take two bytes a number.
         tokens: of each row; 1 for a decoding step.
         routes: how many different routes the rows have.
         looked_up: the ranks of all rows together.
         different: how many different ranks these are.
     """
+    if tokens > 1:
+        return "shared" if routes == 1 else "gather"
+    if on_cpu and (_LOOKUPS_HALF if half else _LOOKUPS) * different > looked_up:
+        return "lookup"
     if routes == 1:
         return "shared"
-    if tokens > 1:
-        return "gather"
-    if on_cpu:
-        return "dense" if _DENSE_COST_CPU * different <= looked_up else "lookup"
-    return "dense" if different <= _DENSE_RANKS_GPU else "gather"
+    return "dense" if on_cpu or different <= _DENSE_RANKS_GPU else "gather"
