@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from lora_hub_sdk.engine.base_model import ModelSettings
     from lora_hub_sdk.engine.metrics import EngineStats
+    from lora_hub_sdk.engine.scheduler import EngineLimits
     from lora_hub_sdk.engine.settings import EngineSettings
     from lora_hub_sdk.errors import LoraHubError
     from lora_hub_sdk.hub import LoraHub
@@ -47,6 +48,7 @@ __all__ = [
     "Adapter",
     "AdapterRequest",
     "Completion",
+    "EngineLimits",
     "EngineSettings",
     "EngineStats",
     "Evaluation",
@@ -97,6 +99,7 @@ _TYPES: Final = (
 _HOME: Final = {
     **dict.fromkeys(_TYPES, "lora_hub_sdk.types"),
     **dict.fromkeys(("AdapterRequest", "RegisterOutcome"), "lora_hub_sdk.intake"),
+    "EngineLimits": "lora_hub_sdk.engine.scheduler",
     "EngineSettings": "lora_hub_sdk.engine.settings",
     "EngineStats": "lora_hub_sdk.engine.metrics",
     "Limits": "lora_hub_sdk.registry.admission",

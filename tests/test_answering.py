@@ -18,7 +18,7 @@ from lora_hub_sdk.engine import base_model
 from lora_hub_sdk.engine.engine import Engine
 from lora_hub_sdk.engine.prompt import EncodedPrompt, PromptEncoder
 from lora_hub_sdk.engine.request import Request
-from lora_hub_sdk.engine.scheduler import Limits
+from lora_hub_sdk.engine.scheduler import EngineLimits
 from lora_hub_sdk.hub import LoraHub
 from lora_hub_sdk.testing import tiny_adapter
 from lora_hub_sdk.types import Completion, Routing, Sampling
@@ -286,7 +286,7 @@ def test_a_prompt_of_a_megabyte_does_not_hold_up_the_loop(
 def test_an_asynchronous_call_may_have_more_prompts_than_may_wait(
     open_hub: Callable[..., LoraHub], fill: Callable[..., LoraHub], base: Path
 ) -> None:
-    hub = fill(open_hub(engines=EngineSettings(Limits(max_rows=3, max_waiting=4))))
+    hub = fill(open_hub(engines=EngineSettings(EngineLimits(max_rows=3, max_waiting=4))))
     prompts = [f"Add {number} and 1" for number in range(30)]
     expected = hub.generate(prompts, base_model=base, sampling=SHORT)
     assert texts(asyncio.run(hub.agenerate(prompts, base_model=base, sampling=SHORT))) == texts(expected)
@@ -412,7 +412,7 @@ def test_a_base_model_that_is_loading_holds_up_no_other(
 def test_settings_bound_every_engine(
     open_hub: Callable[..., LoraHub], fill: Callable[..., LoraHub], base: Path
 ) -> None:
-    hub = fill(open_hub(engines=EngineSettings(Limits(max_rows=2), host_bytes=0, device_bytes=1 << 16)))
+    hub = fill(open_hub(engines=EngineSettings(EngineLimits(max_rows=2), host_bytes=0, device_bytes=1 << 16)))
     answers = hub.generate(["Add 3 and 4"] * 5, base_model=base, sampling=SHORT)
     assert {answer.trace.batch_size for answer in answers} <= {1, 2}
     (stats,) = hub.stats()

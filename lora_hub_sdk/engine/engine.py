@@ -23,7 +23,7 @@ from lora_hub_sdk.engine.rank_pool import RankPool
 from lora_hub_sdk.engine.request import Job, Request
 from lora_hub_sdk.engine.row import Row
 from lora_hub_sdk.engine.sampling import check_sampling
-from lora_hub_sdk.engine.scheduler import Limits
+from lora_hub_sdk.engine.scheduler import EngineLimits
 from lora_hub_sdk.engine.settings import HOST_BYTES
 from lora_hub_sdk.engine.ticket import Ticket
 from lora_hub_sdk.engine.worker import Worker
@@ -65,7 +65,7 @@ class Engine:
         self,
         base: BaseModel,
         *,
-        limits: Limits | None = None,
+        limits: EngineLimits | None = None,
         host_bytes: int = HOST_BYTES,
         device_bytes: int | None = None,
         load: Callable[[Adapter], AdapterFactors | Unverified] = open_factors,
@@ -73,7 +73,7 @@ class Engine:
         self.base = base
         budget = _budget(base, _DEVICE_BYTES, _DEVICE_SHARE) if device_bytes is None else device_bytes
         if limits is None:
-            limits = Limits(max_tokens=max(_budget(base, _CACHE_BYTES, _CACHE_SHARE) // _place_bytes(base), 1))
+            limits = EngineLimits(max_tokens=max(_budget(base, _CACHE_BYTES, _CACHE_SHARE) // _place_bytes(base), 1))
         limits = replace(limits, max_ranks=max(min(limits.max_ranks, budget // _rank_bytes(base)), 1))
         pool = RankPool(base.groups, base.shapes, dtype=base.dtype, device=base.device, budget_bytes=budget)
         self._worker = Worker(base, pool, AdapterStore(host_bytes, load), limits)

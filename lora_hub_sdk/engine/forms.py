@@ -1,7 +1,7 @@
 """Which form of the LoRA product a forward pass takes, decided by its shape alone. Pure.
 
-What a form adds to all linear layers of SmolLM2-135M, in milliseconds, at a step of 16 rows with three adapters of rank 6
-each, by how many of these ranks are different (two cores, `python -m benchmarks.engine --part forms`):
+What a form adds to all linear layers of SmolLM2-135M, in milliseconds, at a step of 16 rows with three adapters of rank
+6 each, by how many of these ranks are different (two cores, `python -m benchmarks.engine --part forms`):
 
                    float32: 198    48    18      bfloat16: 198    48    18
     lookup                 11.9   8.2   6.9               11.7   8.1   7.4
@@ -20,7 +20,7 @@ from typing import Final, Literal
 #: "gather": each row's factors are copied side by side, for that layer and call only, then multiplied row by row.
 Form = Literal["shared", "lookup", "dense", "gather"]
 
-#: On a CPU, products over the different ranks win where each is looked up so many times, in float32 and in half precision.
+#: On a CPU, products over the different ranks win where each is looked up so many times.
 _LOOKUPS: Final = 8
 _LOOKUPS_HALF: Final = 24
 #: On a GPU products are so much quicker than the bytes they read that only very many ranks make "dense" the worse form.

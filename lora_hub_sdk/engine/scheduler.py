@@ -17,7 +17,7 @@ _SLACK: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class EngineLimits:
     """What may run and wait at once.
 
     Args:
@@ -74,7 +74,7 @@ class Scheduler:
     Not thread-safe: whoever owns it serialises its calls.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: EngineLimits) -> None:
         self.limits: Final = limits
         self._items: dict[int, _Item] = {}
         self._running: dict[int, _Item] = {}
@@ -268,7 +268,7 @@ class _Item:
 class _Batch:
     """The running rows as one shape, and whether another row fits beside them."""
 
-    def __init__(self, limits: Limits, rows: Iterable[_Item]) -> None:
+    def __init__(self, limits: EngineLimits, rows: Iterable[_Item]) -> None:
         self._limits = limits
         self._rows = self._width = self._ranks = 0
         self._cap = limits.max_rows

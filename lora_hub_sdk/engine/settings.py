@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from lora_hub_sdk.engine.scheduler import Limits
+from lora_hub_sdk.engine.scheduler import EngineLimits
 
 HOST_BYTES: Final = 1 << 30
 
@@ -20,6 +20,6 @@ class EngineSettings:
         device_bytes: memory for adapters beside the model; None is what the memory of the device suggests.
     """
 
-    limits: Limits | None = None
+    limits: EngineLimits | None = None
     host_bytes: int = HOST_BYTES
     device_bytes: int | None = None

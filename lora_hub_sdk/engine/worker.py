@@ -27,7 +27,7 @@ from lora_hub_sdk.engine.metrics import EngineMetrics, EngineState, Outcome, Tie
 from lora_hub_sdk.engine.rank_pool import RankPool, UnprovenError
 from lora_hub_sdk.engine.request import Job
 from lora_hub_sdk.engine.running import Model, Prefill, RunningRows, drop_places, prefill_groups
-from lora_hub_sdk.engine.scheduler import Entry, Limits, Scheduler
+from lora_hub_sdk.engine.scheduler import EngineLimits, Entry, Scheduler
 from lora_hub_sdk.errors import (
     AdapterChangedError,
     DeadlineExceededError,
@@ -81,7 +81,7 @@ class Worker:
         store: the host tier.
     """
 
-    def __init__(self, base: BaseModel, pool: RankPool, store: AdapterStore, limits: Limits) -> None:
+    def __init__(self, base: BaseModel, pool: RankPool, store: AdapterStore, limits: EngineLimits) -> None:
         self._base, self._pool, self._store, self._limits = base, pool, store, limits
         self.metrics = EngineMetrics(base.id, self._state)
         self.batches = 0
@@ -122,7 +122,7 @@ class Worker:
                 self.metrics.refused()
                 raise EngineBusyError(
                     f"{len(jobs)} more requests beside {self._waiting} that wait; the engine takes "
-                    f"{self._limits.max_waiting} (Limits.max_waiting); try again later"
+                    f"{self._limits.max_waiting} (EngineLimits.max_waiting); try again later"
                 )
             self._waiting += len(jobs)
             self._inbox.put(partial(self._take_in, jobs))

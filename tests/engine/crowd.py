@@ -16,7 +16,7 @@ from lora_hub_sdk.engine.base_model import BaseModel
 from lora_hub_sdk.engine.batch_lora import BatchLora
 from lora_hub_sdk.engine.engine import Engine
 from lora_hub_sdk.engine.request import Request
-from lora_hub_sdk.engine.scheduler import Limits
+from lora_hub_sdk.engine.scheduler import EngineLimits
 from lora_hub_sdk.testing import tiny_adapter
 from lora_hub_sdk.testing.tiny import ATTENTION, MLP
 from lora_hub_sdk.types import Adapter, Completion, Route, Sampling
@@ -83,7 +83,7 @@ def random_request(pick: random.Random, adapters: Sequence[Adapter], **options: 
 
 def answers_alone(base: BaseModel, requests: Iterable[Request]) -> list[Completion]:
     """Each request answered by an engine that does nothing else meanwhile."""
-    engine = Engine(base, limits=Limits(max_rows=1, gather_s=0.0))
+    engine = Engine(base, limits=EngineLimits(max_rows=1, gather_s=0.0))
     try:
         return [engine.generate([request])[0] for request in requests]
     finally:

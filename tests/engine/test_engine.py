@@ -26,7 +26,7 @@ from lora_hub_sdk.engine.prompt import PromptEncoder
 from lora_hub_sdk.engine.rank_pool import RankPool
 from lora_hub_sdk.engine.request import Request
 from lora_hub_sdk.engine.running import Model, Prefill
-from lora_hub_sdk.engine.scheduler import Limits
+from lora_hub_sdk.engine.scheduler import EngineLimits
 from lora_hub_sdk.errors import (
     AdapterChangedError,
     ConfigurationError,
@@ -103,7 +103,7 @@ def test_rows_of_any_length_leave_the_batch_without_disturbing_the_others(
 
 
 def test_the_prompts_of_a_call_are_read_together_up_to_the_limit(loaded: BaseModel, adapters: list[Adapter]) -> None:
-    whole, parts = Engine(loaded), Engine(loaded, limits=Limits(max_rows=4))
+    whole, parts = Engine(loaded), Engine(loaded, limits=EngineLimits(max_rows=4))
     asked = requests(adapters, Sampling(4))
     together = whole.generate(asked)
     assert whole.batches == 1

@@ -25,7 +25,7 @@ from lora_hub_sdk.engine.batch_lora import BatchLora
 from lora_hub_sdk.engine.engine import Engine
 from lora_hub_sdk.engine.request import Request
 from lora_hub_sdk.engine.sampling import TokenSampler
-from lora_hub_sdk.engine.scheduler import Limits
+from lora_hub_sdk.engine.scheduler import EngineLimits
 from lora_hub_sdk.engine.ticket import Ticket
 from lora_hub_sdk.errors import (
     AdapterChangedError,
@@ -71,7 +71,7 @@ def open_engine(loaded: BaseModel) -> Iterator[Callable[..., Engine]]:
     opened: list[Engine] = []
 
     def open_one(base: BaseModel = loaded, *, load: Callable[[Adapter], Any] = open_factors, **limits: Any) -> Engine:
-        opened.append(Engine(base, limits=Limits(**limits), load=load))
+        opened.append(Engine(base, limits=EngineLimits(**limits), load=load))
         return opened[-1]
 
     yield open_one

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from lora_hub_sdk.engine.base_model import BaseModel, ModelSettings, load_base_model
 from lora_hub_sdk.engine.engine import Engine
 from lora_hub_sdk.engine.request import Request
-from lora_hub_sdk.engine.scheduler import Limits
+from lora_hub_sdk.engine.scheduler import EngineLimits
 from lora_hub_sdk.errors import RequestCancelledError
 from lora_hub_sdk.models import resolve_model
 from lora_hub_sdk.testing import tiny_adapter
@@ -79,7 +79,7 @@ def engine(loaded: BaseModel) -> Engine:
     """Room for few adapters and few rows, so that everything is put out and read again all the time."""
     return Engine(
         loaded,
-        limits=Limits(max_rows=24, max_tokens=24 * 150, prefill_tokens=600),
+        limits=EngineLimits(max_rows=24, max_tokens=24 * 150, prefill_tokens=600),
         host_bytes=200_000,
         device_bytes=150 * RANK_BYTES,
     )
@@ -291,7 +291,7 @@ def test_an_adapter_is_never_heard_in_another_row(base: Path, loaded: BaseModel,
     assert len(clear) > 4
 
     # Its rows of the pool are soon somebody else's: there is room for little more than what runs.
-    engine = Engine(loaded, limits=Limits(max_rows=12, gather_s=0.0), device_bytes=64 * RANK_BYTES)
+    engine = Engine(loaded, limits=EngineLimits(max_rows=12, gather_s=0.0), device_bytes=64 * RANK_BYTES)
     heard = 0
     for _ in range(40):
         quiet, loudly_asked = pick.sample(range(24), 10), pick.sample(clear, 4)

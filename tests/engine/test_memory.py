@@ -17,7 +17,7 @@ import torch
 from lora_hub_sdk.engine.base_model import BaseModel, ModelSettings, load_base_model
 from lora_hub_sdk.engine.engine import Engine
 from lora_hub_sdk.engine.request import Request
-from lora_hub_sdk.engine.scheduler import Limits
+from lora_hub_sdk.engine.scheduler import EngineLimits
 from lora_hub_sdk.errors import GenerationError
 from lora_hub_sdk.models import resolve_model
 from lora_hub_sdk.types import Adapter
@@ -48,7 +48,7 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Adapt
 
 @pytest.fixture
 def engine(loaded: BaseModel) -> Iterator[Engine]:
-    engine = Engine(loaded, limits=Limits(max_rows=16), host_bytes=HOST_BYTES, device_bytes=DEVICE_BYTES)
+    engine = Engine(loaded, limits=EngineLimits(max_rows=16), host_bytes=HOST_BYTES, device_bytes=DEVICE_BYTES)
     yield engine
     engine.close(0.0)
 
@@ -150,7 +150,7 @@ def test_a_burst_is_given_back_when_it_is_over(
     monkeypatch.setattr(worker, "_LINGER_S", 0.01)
     monkeypatch.setattr(kv_cache, "_IDLE_BYTES", 100_000)
     pick = random.Random(3)
-    largest = Engine(engine.base, limits=Limits(max_rows=64), host_bytes=1000, device_bytes=2 * RANK_BYTES)
+    largest = Engine(engine.base, limits=EngineLimits(max_rows=64), host_bytes=1000, device_bytes=2 * RANK_BYTES)
     most = {"pool": 0, "store": 0, "cache": 0}
     tickets = largest.submit_many([random_request(pick, adapters) for _ in range(64)])
     inside: Any = largest._worker

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lora_hub_sdk.engine.scheduler import Entry, Limits, Scheduler
+from lora_hub_sdk.engine.scheduler import EngineLimits, Entry, Scheduler
 from lora_hub_sdk.errors import ConfigurationError
 
 
@@ -30,7 +30,7 @@ def entry(
 
 def scheduler(*entries: Entry, **limits: Any) -> Scheduler:
     """One that holds these entries, all ready, and waits for no company."""
-    made = Scheduler(Limits(**{"gather_s": 0.0, **limits}))
+    made = Scheduler(EngineLimits(**{"gather_s": 0.0, **limits}))
     for each in entries:
         assert made.offer(each, ready=True)
     return made
@@ -229,14 +229,14 @@ def test_what_reaches_its_deadline_is_taken_out_waiting_or_running() -> None:
 )
 def test_limits_that_let_nothing_run_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(wrong))):
-        Limits(**wrong)
+        EngineLimits(**wrong)
 
 
 # -- gathering
 
 
 def test_an_idle_engine_waits_a_moment_for_company() -> None:
-    waiting = Scheduler(Limits(gather_s=2.0))
+    waiting = Scheduler(EngineLimits(gather_s=2.0))
     waiting.offer(entry(0, arrived=10.0), ready=True)
     assert waiting.admit(10.0) == ()
     assert waiting.wake_at(10.0) == 12.0
@@ -247,7 +247,7 @@ def test_an_idle_engine_waits_a_moment_for_company() -> None:
 
 
 def test_an_idle_engine_does_not_wait_for_company_that_it_could_not_take() -> None:
-    waiting = Scheduler(Limits(gather_s=2.0, max_rows=2))
+    waiting = Scheduler(EngineLimits(gather_s=2.0, max_rows=2))
     waiting.offer(entry(0, arrived=10.0), ready=True)
     waiting.offer(entry(1, arrived=10.0), ready=True)
     assert waiting.wake_at(10.0) == 10.0
@@ -255,7 +255,7 @@ def test_an_idle_engine_does_not_wait_for_company_that_it_could_not_take() -> No
 
 
 def test_entries_that_still_load_are_no_company() -> None:
-    waiting = Scheduler(Limits(gather_s=2.0, max_rows=2))
+    waiting = Scheduler(EngineLimits(gather_s=2.0, max_rows=2))
     waiting.offer(entry(0, arrived=8.5), ready=False)
     waiting.offer(entry(1, arrived=10.0), ready=True)
     assert waiting.admit(10.0) == ()
@@ -263,7 +263,7 @@ def test_entries_that_still_load_are_no_company() -> None:
 
 
 def test_a_busy_engine_waits_for_nobody() -> None:
-    waiting = Scheduler(Limits(gather_s=2.0))
+    waiting = Scheduler(EngineLimits(gather_s=2.0))
     waiting.offer(entry(0, arrived=0.0), ready=True)
     assert waiting.admit(2.0) == (0,)
     waiting.offer(entry(1, arrived=3.0), ready=True)
@@ -383,7 +383,7 @@ class Machine(RuleBasedStateMachine):
         gather=st.sampled_from([0.0, 0.0, 3.0]),
     )
     def begin(self, rows: int, tokens: int, ranks: int, queue: int, prefill: int, gather: float) -> None:
-        self.limits = Limits(rows, tokens, queue, prefill, gather, ranks)
+        self.limits = EngineLimits(rows, tokens, queue, prefill, gather, ranks)
         self.scheduler = Scheduler(self.limits)
 
     # what happens

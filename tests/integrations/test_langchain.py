@@ -19,7 +19,7 @@ from langchain_core.prompts import PromptTemplate
 from langchain_lora_hub import LoraRetrieverLLM
 
 from lora_hub_sdk import EngineSettings
-from lora_hub_sdk.engine.scheduler import Limits
+from lora_hub_sdk.engine.scheduler import EngineLimits
 from lora_hub_sdk.errors import (
     ConfigurationError,
     DeadlineExceededError,
@@ -275,7 +275,7 @@ def crowded(base: Path, tmp_path: Path) -> Iterator[tuple[LockedHub, Gate]]:
     """A hub whose engine waits for 64 rows, and whose encoder waits for a gate."""
     gate = Gate()
     doors: list[Callable[[object], None]] = []
-    engines = EngineSettings(Limits(max_rows=64, gather_s=60.0, prefill_tokens=1 << 16))
+    engines = EngineSettings(EngineLimits(max_rows=64, gather_s=60.0, prefill_tokens=1 << 16))
     encoder = Hashing("one", lambda texts: [door(texts) for door in doors])
     with closing(LockedHub(tmp_path / "crowd.db", encoder=encoder, engines=engines)) as hub:
         for seed, (name, samples) in enumerate(TASKS.items()):
