@@ -28,6 +28,7 @@ from lora_hub_sdk.engine.settings import HOST_BYTES
 from lora_hub_sdk.engine.ticket import Ticket
 from lora_hub_sdk.engine.worker import Worker
 from lora_hub_sdk.errors import ConfigurationError, EngineBusyError
+from lora_hub_sdk.models.openmp import expect_engine, give_threads_back
 from lora_hub_sdk.types import Adapter, Completion
 
 if TYPE_CHECKING:
@@ -77,6 +78,9 @@ class Engine:
         limits = replace(limits, max_ranks=max(min(limits.max_ranks, budget // _rank_bytes(base)), 1))
         pool = RankPool(base.groups, base.shapes, dtype=base.dtype, device=base.device, budget_bytes=budget)
         self._worker = Worker(base, pool, AdapterStore(host_bytes, load), limits)
+        # Packing weights has left threads waiting in this thread, which another one shall have.
+        expect_engine()
+        give_threads_back()
         self._limits = limits
         self._ids = count(1)
         self._tokenizing = threading.RLock()  # tokenizers are not safe to share between threads

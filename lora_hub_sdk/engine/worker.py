@@ -39,6 +39,7 @@ from lora_hub_sdk.errors import (
     LoraHubError,
     RegistryError,
 )
+from lora_hub_sdk.models.openmp import give_threads_back
 from lora_hub_sdk.types import Adapter, Completion, Tier, Trace, Usage
 
 if TYPE_CHECKING:
@@ -195,6 +196,8 @@ class Worker:
     def _round(self) -> bool:
         """Messages, then one piece of a prompt and one step; False where the thread ends."""
         if not (self._rows or self._readings):
+            if not self._jobs:
+                give_threads_back()
             try:
                 self._inbox.get(timeout=self._patience())()
             except Empty:

@@ -17,6 +17,7 @@ import numpy as np
 from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.models import ResolvedModel, weights_fingerprint
 from lora_hub_sdk.models.loading import LOADING
+from lora_hub_sdk.models.openmp import give_threads_back
 from lora_hub_sdk.registry.index import Vector
 from lora_hub_sdk.retriever.settings import INSTRUCTION as INSTRUCTION
 from lora_hub_sdk.retriever.settings import RetrieverSettings, read_settings
@@ -131,6 +132,7 @@ class SentenceEncoder:
                 show_progress_bar=False,
             )
         finally:
+            give_threads_back()
             self._running.release()
         return vectors.astype(np.float32, copy=False)
 
