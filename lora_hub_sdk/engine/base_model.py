@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -55,6 +56,8 @@ class BaseModel:
     eos_ids: frozenset[int]
     pad_id: int
     modules: Mapping[str, nn.Module] = field(repr=False)
+    #: Held for each pass: its adapters act inside the model, so nobody else's pass may run meanwhile.
+    turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, int]]:

@@ -55,7 +55,7 @@ class Model:
         """One pass over ids (b, l); logits (b, vocabulary) after the last of them, float32."""
         if ready and self._ready_masks:
             mask = mask[:, None, None]
-        with self._lora.apply(batch, ids.shape[1]):
+        with self.base.turn, self._lora.apply(batch, ids.shape[1]):
             output = self._model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, **self._options
             )

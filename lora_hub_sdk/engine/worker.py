@@ -551,7 +551,7 @@ class Worker:
 
 
 def _adapters(job: Job) -> list[Adapter]:
-    """The different adapters of its route that have weight."""
+    """The different adapters of its route."""
     return list({member.adapter.digest: member.adapter for member in job.request.route.members}.values())
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,17 @@ def test_threads_take_turns_and_get_their_own_answers(engine: Engine, adapters: 
     for thread in threads:
         thread.join()
     assert found == {worker: [expected[worker % len(asked)]] * 3 for worker in range(12)}
+
+
+def test_two_engines_on_one_model_keep_out_of_each_others_passes(loaded: BaseModel, adapters: list[Adapter]) -> None:
+    asked = requests(adapters, Sampling(max_new_tokens=8))
+    with closing(Engine(loaded)) as one, closing(Engine(loaded)) as other:
+        alone = [engine.generate([request])[0].text for engine, request in zip([one, other] * 3, asked, strict=True)]
+        for _ in range(5):
+            # Each engine has every request, in another order, so that their passes are of different adapters.
+            both = [one.submit_many(asked), other.submit_many(asked[::-1])]
+            found = [[ticket.result().text for ticket in tickets] for tickets in both]
+            assert found == [alone, alone[::-1]]
 
 
 def test_tasks_of_an_event_loop_get_their_own_answers(engine: Engine, adapters: list[Adapter]) -> None:
