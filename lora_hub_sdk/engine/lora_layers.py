@@ -110,7 +110,7 @@ def _lookup(x: Tensor, table: Table, batch: BatchLora) -> Add:
     # The gradient of embedding_bag's weights is what A needs: the inner product of each looked up row with its x.
     products: Any = torch.ops.aten._embedding_bag_per_sample_weights_backward.default
     width = x.shape[-1]
-    hidden: Tensor = products(x.view(-1, width), table.a.view(-1, width), at.index, at.offsets, at.owners, 0, -1)
+    hidden: Tensor = products(x.reshape(-1, width), table.a.view(-1, width), at.index, at.offsets, at.owners, 0, -1)
     hidden = batch.mix_(hidden.view(members, -1))
     done: dict[int, Tensor] = {}
 

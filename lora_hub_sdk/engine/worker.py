@@ -376,7 +376,7 @@ class Worker:
         began = monotonic()
         try:
             logits = reading.prefill.advance(self._piece if self._rows else reading.prefill.places)
-            greedy = [] if logits is None else logits.argmax(-1).tolist()
+            greedy = [] if logits is None else _best(logits)
         except Exception as error:
             self._readings.popleft()
             self._failed(reading.jobs, error)
@@ -415,23 +415,28 @@ class Worker:
         began, rows = monotonic(), list(self._rows)
         try:
             logits = self._running.step(self._tokens)
-            greedy = logits.argmax(-1).tolist()
+            greedy = _best(logits)
         except Exception as error:
             self._rows, self._tokens = [], []
             self._running = RunningRows(self._model)
             self._failed(rows, error)
             return
         self.metrics.step(len(rows), monotonic() - began)
-        self._tokens = greedy
+        self._tokens = [token or 0 for token in greedy]  # those that have ended are dropped below
         for place, job in enumerate(rows):
             if self._goes_on(job, logits[place], greedy[place]):
                 self._tokens[place] = job.row.tokens[-1]
         self._drop([place for place, job in enumerate(rows) if job.over])
 
-    def _goes_on(self, job: Job, logits: Tensor, greedy: int) -> bool:
+    def _goes_on(self, job: Job, logits: Tensor, greedy: int | None) -> bool:
         """Take the job's next token; False where it has ended by that. What goes wrong here is that row's alone."""
         try:
             self._verify(job)
+            if greedy is None:
+                raise GenerationError(
+                    "the model's scores are no numbers any more on this prompt, which in float16 is an overflow; "
+                    "use dtype='bfloat16' or 'float32'"
+                )
             job.row.step(logits, greedy)
         except Exception as error:
             if isinstance(error, AdapterChangedError):
@@ -548,6 +553,12 @@ class Worker:
             host=TierState(store.bytes, store.budget_bytes, store.held, store.evictions),
             device=TierState(self._pool.size_bytes, self._pool.budget_bytes, len(self._pool), self._pool.evictions),
         )
+
+
+def _best(logits: Tensor) -> list[int | None]:
+    """The token with the highest score of each row; None where scores are no numbers. One transfer for all rows."""
+    values, tokens = logits.max(-1)  # not-a-number counts as the highest
+    return [None if value != value else token for value, token in zip(values.tolist(), tokens.tolist(), strict=True)]
 
 
 def _adapters(job: Job) -> list[Adapter]:
