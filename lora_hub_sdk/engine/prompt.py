@@ -66,11 +66,14 @@ class PromptEncoder:
         dropped, excess = 0, len(ids) - limit
         while excess > 0:
             dropped += excess
+            # A character may be several tokens: it goes as a whole.
+            while dropped < len(starts) and starts[dropped] == starts[dropped - 1]:
+                dropped += 1
             if dropped >= len(starts):
                 raise PromptTooLongError(
                     row, len(ids), limit, hint="its template alone leaves no room; lower max_new_tokens"
                 )
-            # A character may be several tokens, and tokens merge anew at the cut: one round may leave a few too many.
+            # Tokens merge anew at the cut: one round may leave a few too many.
             ids = self._render(text[starts[dropped] :])
             excess = len(ids) - limit
         return EncodedPrompt(tuple(ids), sum(start < starts[dropped] for start in starts))

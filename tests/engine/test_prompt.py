@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -70,6 +70,7 @@ def test_a_long_prompt_keeps_its_end_and_the_whole_template(smol: Any, template:
 
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=300), limit=st.integers(1, 60))
+@example(text="\u08000", limit=2)  # the cut falls into a character of three tokens, before one that fits
 def test_the_limit_always_holds_and_what_is_kept_is_the_end(plain: Any, text: str, limit: int) -> None:
     try:
         encoded = PromptEncoder(plain, None).encode(text, limit=limit)
