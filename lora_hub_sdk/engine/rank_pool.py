@@ -7,13 +7,14 @@ taken one by one, so the pool never fragments.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from weakref import ReferenceType, ref
 
-from lora_hub_sdk.composition.factors import AdapterFactors, LoraFactors
+from lora_hub_sdk.composition.factors import AdapterFactors
 
 if TYPE_CHECKING:
     import torch
@@ -269,12 +270,22 @@ class RankPool:
         import torch
 
         places = torch.tensor(rows, device=self._device)
+        side_by_side = rows == tuple(range(rows[0], rows[0] + len(rows))) if rows else True
         for path, one in factors.modules.items():
             table, member = self.members[path]
             first, _, b = table.run_of(member)
-            own = places[: one.rank]
-            table.a[:, member].index_copy_(0, own, self._here(one.a))
-            b[:, member - first].index_copy_(0, own, self._here(_scaled(one)))
+            a, b = table.a[:, member], b[:, member - first]
+            if side_by_side:  # as they mostly are; then no index is needed, nor a copy in another dtype
+                place = slice(rows[0], rows[0] + one.rank)
+                a[place].copy_(one.a)
+                if _is_exact(one.scale):
+                    b[place].copy_(one.b.t()).mul_(one.scale)
+                else:
+                    b[place].copy_(one.b.t().float() * one.scale)
+            else:
+                own = places[: one.rank]
+                a.index_copy_(0, own, self._here(one.a))
+                b.index_copy_(0, own, self._here(one.b.t().float() * one.scale))
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, self._dtype)
@@ -285,10 +296,9 @@ class RankPool:
             yield from table.b
 
 
-def _scaled(factors: LoraFactors) -> Tensor:
-    """s B^T (r, d_out), multiplied in float32."""
-    b = factors.b.t()
-    return b if factors.scale == 1.0 else b.float() * factors.scale
+def _is_exact(scale: float) -> bool:
+    """Whether numbers of any precision are multiplied by it without rounding, as by a power of two."""
+    return abs(math.frexp(scale)[0]) == 0.5
 
 
 def _longer(tensor: Tensor, rows: int) -> Tensor:

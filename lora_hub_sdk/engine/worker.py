@@ -26,7 +26,7 @@ from lora_hub_sdk.engine.logs import log_crash, log_request, log_split
 from lora_hub_sdk.engine.metrics import EngineMetrics, EngineState, Outcome, TierState
 from lora_hub_sdk.engine.rank_pool import RankPool, UnprovenError
 from lora_hub_sdk.engine.request import Job
-from lora_hub_sdk.engine.running import Model, Prefill, RunningRows, drop_places, prefill_groups
+from lora_hub_sdk.engine.running import Model, Prefill, RunningRows, drop_places, places_to_read, prefill_groups
 from lora_hub_sdk.engine.scheduler import EngineLimits, Entry, Scheduler
 from lora_hub_sdk.errors import (
     AdapterChangedError,
@@ -375,7 +375,8 @@ class Worker:
             return
         began = monotonic()
         try:
-            logits = reading.prefill.advance(self._piece if self._rows else reading.prefill.places)
+            places = places_to_read(self._piece, len(self._rows), sum(len(one.jobs) for one in self._readings))
+            logits = reading.prefill.advance(reading.prefill.places if places is None else places)
             greedy = [] if logits is None else _best(logits)
         except Exception as error:
             self._readings.popleft()

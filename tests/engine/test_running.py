@@ -19,7 +19,15 @@ from lora_hub_sdk.engine.batch_lora import RowLora
 from lora_hub_sdk.engine.engine import Engine
 from lora_hub_sdk.engine.rank_pool import RankPool
 from lora_hub_sdk.engine.request import Request
-from lora_hub_sdk.engine.running import _PADDED, Model, Prefill, RunningRows, drop_places, prefill_groups
+from lora_hub_sdk.engine.running import (
+    _PADDED,
+    Model,
+    Prefill,
+    RunningRows,
+    drop_places,
+    places_to_read,
+    prefill_groups,
+)
 from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.models import resolve_model
 from lora_hub_sdk.testing import tiny_adapter
@@ -333,3 +341,10 @@ def test_a_model_whose_state_is_not_keys_and_values_is_refused(
         model = build(getattr(transformers, config)(vocab_size=258, **options))
     with pytest.raises(ConfigurationError, match=f"{named}; only attention is supported"):
         Model(replace(bench.base, model=model, modules={}), bench.pool)
+
+
+@pytest.mark.parametrize(
+    ("decoding", "reading", "places"), [(0, 5, None), (1, 1, 256), (15, 1, 256), (1, 63, 63 * 256), (16, 40, 512)]
+)
+def test_a_crowd_is_read_at_once_and_a_single_prompt_in_pieces(decoding: int, reading: int, places: int | None) -> None:
+    assert places_to_read(256, decoding, reading) == places
