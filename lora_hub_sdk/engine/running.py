@@ -182,8 +182,8 @@ def drop_places(rows: list[Any], places: Sequence[int]) -> None:
 def places_to_read(piece: int, decoding: int, reading: int) -> int | None:
     """How many places of prompts are read before the rows that decode go on; None: all. Pure.
 
-    A piece, or as many as there are prompts being read for each row that is held up: so a prompt that comes alone hardly
-    slows the others down, and a crowd is not read in slices for the sake of the few that came first.
+    A piece, or as many as there are prompts being read for each row that is held up: so a prompt that comes alone
+    hardly slows the others down, and a crowd is not read in slices for the sake of the few that came first.
     """
     return piece * max(reading // decoding, 1) if decoding else None
 
