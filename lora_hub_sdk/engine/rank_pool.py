@@ -195,7 +195,7 @@ class RankPool:
 
     def _forget(self, digest: str) -> None:
         rows = self._held.pop(digest).rows
-        self._free.extend(rows)
+        self._free.extend(reversed(rows))  # they are taken from the end, and side by side again
         import torch
 
         # Zeros, because the next owner of a row may lack a module that this one had.
