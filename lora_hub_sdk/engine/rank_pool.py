@@ -196,12 +196,6 @@ class RankPool:
     def _forget(self, digest: str) -> None:
         rows = self._held.pop(digest).rows
         self._free.extend(reversed(rows))  # they are taken from the end, and side by side again
-        import torch
-
-        # Zeros, because the next owner of a row may lack a module that this one had.
-        index = torch.tensor(rows, device=self._device)
-        for tensor in self._tensors():
-            tensor.index_fill_(0, index, 0)
 
     def _grow(self, rows: int) -> None:
         for table in self.tables.values():
@@ -271,6 +265,10 @@ class RankPool:
 
         places = torch.tensor(rows, device=self._device)
         side_by_side = rows == tuple(range(rows[0], rows[0] + len(rows))) if rows else True
+        if any(path not in factors.modules or factors.modules[path].rank < len(rows) for path in self.members):
+            # Where nothing is written there must be zeros, and not what an earlier owner of these rows had there.
+            for tensor in self._tensors():
+                tensor.index_fill_(0, places, 0)
         for path, one in factors.modules.items():
             table, member = self.members[path]
             first, _, b = table.run_of(member)
