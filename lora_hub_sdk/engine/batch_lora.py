@@ -75,11 +75,7 @@ class BatchLora:
         for own, (partners, weights) in enumerate(zip(row.terms.partners, row.terms.weights, strict=True)):
             mixing[own, list(partners)] = torch.tensor(weights)
         diagonal = all(len(partners) == 1 for partners in row.terms.partners)
-        return Shared(
-            self._index(row.ranks),
-            self._weights(mixing.diagonal() if diagonal else mixing.t()),
-            diagonal,
-        )
+        return Shared(self._weights(mixing.diagonal() if diagonal else mixing.t()), diagonal)
 
     # -- lookup -------------------------------------------------------------------------------------------------------
 
@@ -212,9 +208,8 @@ class BatchLora:
 
 @dataclass(frozen=True)
 class Shared:
-    """``index`` (R,); ``mixing`` (R,) where ``diagonal``, else (R, R) for h @ mixing."""
+    """``mixing`` (R,) where ``diagonal``, else (R, R) for h @ mixing."""
 
-    index: Tensor
     mixing: Tensor
     diagonal: bool
 
