@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, Literal, NoReturn, TypeVar
 
 from lora_hub_sdk.errors import InvalidConfigError, MissingConfigError, UnsupportedFeatureError
 
@@ -29,8 +29,21 @@ _MAX_LEVELS: Final = 16
 _MAX_NAMES: Final = 20_000
 _MAX_TEXT: Final = 10_000
 _MAX_BASE: Final = 1_000
-#: Initialisations that leave the base model's weights alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do not.
-_SAFE_INITS: Final = ("gaussian", "eva", "orthogonal")
+#: What the base's weights lost before training. CorDA, LoftQ and LoRA-GA take what no config tells.
+Init = Literal["plain", "pissa", "olora"]
+#: Initialisations by what they leave of the base's weights: "plain" is all.
+_INITS: Final[Mapping[object, Init]] = {
+    None: "plain",
+    True: "plain",
+    False: "plain",
+    "gaussian": "plain",
+    "eva": "plain",
+    "orthogonal": "plain",
+    "mica": "plain",
+    "pissa": "pissa",
+    "olora": "olora",
+}
+_BIASES: Final = (None, "none", "all", "lora_only")
 #: How a feature is switched off.
 _OFF: Final[tuple[object, ...]] = (None, False, "", "none", {}, [])
 _PATH: Final = re.compile(r"[/\\.~]|[A-Za-z]:")
@@ -159,6 +172,10 @@ def _is_names(value: object) -> bool:
     return _is_text(value) or (isinstance(value, list) and len(value) <= _MAX_NAMES and all(map(_is_text, value)))
 
 
+def _is_list_of_names(value: object) -> bool:
+    return isinstance(value, list) and "" not in value and _is_names(value)
+
+
 def _is_layers(value: object) -> bool:
     return _is_count(value) or (isinstance(value, list) and len(value) <= _MAX_NAMES and all(map(_is_count, value)))
 
@@ -180,6 +197,7 @@ _FIELDS: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     "auto_mapping": (_is_object, "an object"),
     "base_model_name_or_path": (_is_text, "a name"),
     "bias": (_is_text, "a text"),
+    "ensure_weight_tying": (_is_bool, "true or false"),
     "eva_config": (_is_object, "an object"),
     "exclude_modules": (_is_names, "a text or a list of texts"),
     "fan_in_fan_out": (_is_bool, "true or false"),
@@ -188,8 +206,10 @@ _FIELDS: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     "layers_pattern": (_is_names, "a text or a list of texts"),
     "layers_to_transform": (_is_layers, "a layer's number or a list of them"),
     "lora_alpha": (_is_anything, "a finite number"),
+    "lora_bias": (_is_bool, "true or false"),
     "lora_dropout": (_is_fraction, "a number from 0 to 1"),
     "megatron_core": (_is_text, "a text"),
+    "modules_to_save": (_is_list_of_names, "a list of names"),
     "peft_type": (_is_text, "a text"),
     "peft_version": (_is_text, "a text"),
     "qalora_group_size": (_is_count, "a whole number"),
@@ -200,6 +220,7 @@ _FIELDS: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     "runtime_config": (_is_object, "an object"),
     "target_modules": (_is_names, "a text or a list of texts"),
     "task_type": (_is_text, "a text"),
+    "use_dora": (_is_bool, "true or false"),
     "use_rslora": (_is_bool, "true or false"),
 }
 
@@ -249,7 +270,9 @@ class AdapterConfig:
     """The part of the configuration that decides the numbers.
 
     ``base_model`` is the name as it stands in the file, "" where there is none. Patterns map a module path, or the
-    end of one, to its own rank or alpha; the first that matches wins, as in PEFT.
+    end of one, to its own rank or alpha; the first that matches wins, as in PEFT. ``bias`` tells which of the base's
+    biases were trained, ``modules_to_save`` which modules as a whole; ``tying`` that an embedding and a head of one
+    weight were to have one change.
     """
 
     base_model: str
@@ -259,6 +282,17 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     selection: Selection = Selection()
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    init: Init = "plain"
+    modules_to_save: tuple[str, ...] = ()
+    tying: bool = False
+
+    def saves(self, module: str) -> bool:
+        """Whether modules_to_save names this module or one that it is a part of, by the end of its path, as in PEFT."""
+        parts = module.split(".") if self.modules_to_save else []
+        return any(".".join(parts[:end]).endswith(self.modules_to_save) for end in range(1, len(parts) + 1))
 
     def rank(self, module: str) -> int:
         """The configured rank of a module."""
@@ -348,6 +382,12 @@ def config_values(raw: Mapping[str, Any], source: str) -> AdapterConfig:
         rank_pattern=_patterns(raw, "rank_pattern", _rank, source),
         alpha_pattern=_patterns(raw, "alpha_pattern", _alpha, source),
         selection=_selection(raw, source),
+        use_dora=raw.get("use_dora") is True,
+        lora_bias=raw.get("lora_bias") is True,
+        bias=raw["bias"] if raw.get("bias") in ("all", "lora_only") else "none",
+        init=_INITS.get(raw.get("init_lora_weights"), "plain"),
+        modules_to_save=tuple(raw.get("modules_to_save") or ()),
+        tying=raw.get("ensure_weight_tying") is True,
     )
 
 
@@ -359,11 +399,14 @@ def refuse_features(raw: Mapping[str, Any], source: str) -> None:
     """
     if raw.get("task_type") not in (None, "CAUSAL_LM"):
         raise unsupported(source, "task_type", raw.get("task_type"))
-    if raw.get("bias", "none") not in (None, "none"):
+    if raw.get("bias") not in _BIASES:
         raise unsupported(source, "bias", raw["bias"])
-    init = raw.get("init_lora_weights")
-    if not (init is None or isinstance(init, bool) or init in _SAFE_INITS):
-        raise unsupported(source, "init_lora_weights", init)
+    if raw.get("init_lora_weights") not in _INITS:
+        raise unsupported(source, "init_lora_weights", raw["init_lora_weights"])
+    if raw.get("lora_bias") and raw.get("use_dora"):
+        raise unsupported(source, "lora_bias with use_dora", True)
+    if raw.get("lora_bias") and isinstance(raw.get("init_lora_weights"), str):
+        raise unsupported(source, "lora_bias with init_lora_weights", raw["init_lora_weights"])
     for name in sorted(raw.keys() - _FIELDS.keys()):
         if raw[name] not in _OFF:
             raise unsupported(source, name, raw[name])

@@ -19,7 +19,8 @@ from lora_hub_sdk.errors import (
     ShapeMismatchError,
     UnsupportedFeatureError,
 )
-from lora_hub_sdk.registry.admission import Examination, Limits, ModuleShapes, short_names
+from lora_hub_sdk.registry.admission import Examination, Limits, short_names
+from lora_hub_sdk.registry.layout import BaseLayout
 
 #: The checks in the order of the policy.
 _CHECKS: Final = ("files", "configuration", "features", "tensors", "shapes", "finite", "bounds", "effect")
@@ -49,9 +50,9 @@ class Check:
 class Inspection:
     """The verdict on an adapter's files, and what could be read of them until then; None is what could not.
 
-    ``repo_id`` and ``revision`` are those of ``Pulled``. ``rank`` is the largest of any module that has factors,
-    ``modules`` their count, ``target_modules`` their short names; ``delta_norm_*`` are Frobenius norms of s * B A over
-    the modules. ``dataclasses.asdict`` gives plain JSON.
+    ``repo_id`` and ``revision`` are those of ``Pulled``. ``rank`` is the largest of any module that has factors, as
+    configured, ``modules`` their count, ``target_modules`` their short names and those of the saved modules;
+    ``delta_norm_*`` are Frobenius norms of s * B A over the modules. ``dataclasses.asdict`` gives plain JSON.
     """
 
     accepted: bool
@@ -80,7 +81,7 @@ def inspect_adapter(
     folder: Path,
     *,
     source: str,
-    shapes: ModuleShapes,
+    layout: BaseLayout,
     limits: Limits | None = None,
     pickle_files: tuple[str, ...] = (),
 ) -> Inspection:
@@ -89,10 +90,10 @@ def inspect_adapter(
     Never raises AdmissionError; never loads the base model's weights.
 
     Args:
-        shapes: (out_features, in_features) of the base model's linear modules.
+        layout: the base model's.
         pickle_files: names of pickled weights seen beside, for a telling message.
     """
-    seen = Examination(folder, source, shapes, limits or Limits(), pickle_files)
+    seen = Examination(folder, source, layout, limits or Limits(), pickle_files)
     error: AdmissionError | None = None
     try:
         seen.run()
@@ -111,7 +112,7 @@ def inspect_adapter(
         alpha=None if config is None else config.alpha,
         use_rslora=None if config is None else config.use_rslora,
         modules=len(seen.modules) or None,
-        target_modules=short_names(seen.modules),
+        target_modules=short_names((*seen.modules, *seen.saved)),
         tensors=seen.tensors,
         dtypes=seen.dtypes,
         parameters=seen.parameters,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lora_hub_sdk.errors import SamplesError
-from lora_hub_sdk.registry.admission import FACTOR_KEY, WEIGHTS_FILE
+from lora_hub_sdk.registry.admission import WEIGHTS_FILE
+from lora_hub_sdk.registry.tensor_keys import place_of
 from lora_hub_sdk.retriever.encoder import Encoder, unit
 
 if TYPE_CHECKING:
@@ -140,9 +142,14 @@ class _Factors:
             return
         sides: dict[str, dict[str, str]] = {}
         for key in list(self._file.keys()):
-            if match := FACTOR_KEY.fullmatch(key):
-                sides.setdefault(match["module"], {})[match["side"]] = key
-        self._keys = {module: (found["A"], found["B"]) for module, found in sides.items() if len(found) == 2}
+            with suppress(ValueError):
+                module, part = place_of(key)
+                sides.setdefault(module, {})[part] = key
+        self._keys = {
+            module: (found["lora_A.weight"], found["lora_B.weight"])
+            for module, found in sides.items()
+            if {"lora_A.weight", "lora_B.weight"} <= found.keys()
+        }
         self.modules = frozenset(self._keys)
 
     def output(self, module: str) -> _Output | None:

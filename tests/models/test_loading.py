@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lora_hub_sdk.engine.base_model import DType, ModelSettings, load_base_model
-from lora_hub_sdk.engine.shapes import module_shapes
+from lora_hub_sdk.engine.shapes import module_layout
 from lora_hub_sdk.models import resolve_model
 from lora_hub_sdk.retriever.encoder import SentenceEncoder
 from lora_hub_sdk.testing import tiny_encoder
@@ -17,7 +17,7 @@ from lora_hub_sdk.testing import tiny_encoder
 def test_loading_many_models_at_once_spoils_none(base: Path, tmp_path: Path) -> None:
     encoder = resolve_model(tiny_encoder(tmp_path / "encoder"))
     expected = SentenceEncoder(encoder).encode(["some text"])
-    shapes = module_shapes(base)
+    layout = module_layout(base)
 
     def load(dtype: DType) -> None:
         for _ in range(15):
@@ -29,7 +29,7 @@ def test_loading_many_models_at_once_spoils_none(base: Path, tmp_path: Path) -> 
     def encode() -> None:
         for _ in range(15):
             assert (SentenceEncoder(encoder).encode(["some text"]) == expected).all()
-            assert module_shapes(base) == shapes
+            assert module_layout(base) == layout
 
     with ThreadPoolExecutor(3) as threads:
         for job in [threads.submit(load, "bfloat16"), threads.submit(load, "float32"), threads.submit(encode)]:

@@ -28,6 +28,7 @@ from lora_hub_sdk.errors import (
     UnsafeWeightsError,
     UnsupportedFeatureError,
 )
+from lora_hub_sdk.registry.layout import BaseLayout
 
 RANK: Final = 4
 SHAPES: Final = {
@@ -35,6 +36,14 @@ SHAPES: Final = {
     for layer in range(2)
     for name, rows in {"q_proj": 32, "k_proj": 16, "v_proj": 16, "o_proj": 32}.items()
 }
+_ENDS: Final = {"model.embed_tokens": {"weight": (64, 32)}, "lm_head": {"weight": (64, 32)}}
+LAYOUT: Final = BaseLayout(
+    linears={**SHAPES, "lm_head": (64, 32)},
+    embedding=("model.embed_tokens", (64, 32)),
+    parameters={**{path: {"weight": shape} for path, shape in SHAPES.items()}, **_ENDS, "norm": {"weight": (32,)}},
+    head="lm_head",
+    others=frozenset({"model.embed_positions"}),
+)
 CONFIG: Final[dict[str, Any]] = {
     "base_model_name_or_path": "somebody/tiny",
     "peft_type": "LORA",
@@ -506,11 +515,11 @@ def _features() -> Iterator[Damage]:
     yield Damage("peft_type: absent", UnsupportedFeatureError, _without("peft_type"))
     switched_on: dict[str, tuple[Any, ...]] = {
         "task_type": ("SEQ_CLS", "causal_lm", "a" * 5_000),
-        "bias": ("all", "lora_only", "None"),
-        "use_dora": (True, "yes", 1),
+        "bias": ("None",),
+        "use_dora": (True,),
         "lora_bias": (True,),
-        "modules_to_save": (["lm_head"], "lm_head"),
-        "init_lora_weights": ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "GAUSSIAN", "../x"),
+        "modules_to_save": (["model.embed_positions"],),
+        "init_lora_weights": ("PiSSA", "pissa_niter_16", "corda", "loftq", "lora_ga", "GAUSSIAN", "../x"),
         "trainable_token_indices": ([1], {"embed_tokens": [1]}),
         "layer_replication": ([[0, 1]],),
         "target_parameters": (["mlp.experts"],),
@@ -525,6 +534,10 @@ def _features() -> Iterator[Damage]:
         for value in values:
             name = f"{ascii(field)[:30]}: {ascii(value)[:30]}"
             yield Damage(name, UnsupportedFeatureError, _set(**{field: value}))
+    yield Damage("modules_to_save of nothing stored", UnmatchedTensorsError, _set(modules_to_save=["lm_head"]))
+    yield Damage("modules_to_save and adapted", UnsupportedFeatureError, _set(modules_to_save=["q_proj"]))
+    for init in ("pissa", "olora"):
+        yield Damage(f"another adapter: {init}", None, _set(init_lora_weights=init))
     for field in ("rank_pattern", "alpha_pattern"):
         for key in (
             "(a+)+$",
@@ -653,8 +666,15 @@ def _bad_tensors() -> Iterator[Damage]:
         f" {_Q}.lora_A.weight",
         f"{_Q}.weight",
         f"{_Q}.base_layer.weight",
-        "base_model.model.model.embed_tokens.weight",
-        "base_model.model.lm_head.weight",
+        f"{_Q}.lora_magnitude_vector.weight",
+        "base_model.model.lm_head.modules_to_save.weight",
+        "base_model.model.model.embed_tokens.lora_A.weight",
+        "base_model.model.model.embed_tokens.lora_embedding_A",
+        "base_model.model.model.embed_tokens.lora_embedding_B",
+        "base_model.model.model.embed_tokens.base_layer.weight",
+        "base_model.model.norm.weight",
+        "base_model.model.norm.lora_A.weight",
+        "base_model.model.lm_head.bias",
         "\x1b[31mred",
         "\u202ereversed",
     )
@@ -671,11 +691,10 @@ def _bad_tensors() -> Iterator[Damage]:
     yield Damage("keys of prompt tuning", UnmatchedTensorsError, _put("prompt_embeddings", small))
     for name in (
         f"{_Q}.lora_magnitude_vector",
-        f"{_Q}.lora_magnitude_vector.weight",
         f"{_Q}.lora_B.bias",
-        "base_model.model.model.embed_tokens.lora_embedding_A",
-        "base_model.model.model.embed_tokens.lora_embedding_B",
-        "base_model.model.lm_head.modules_to_save.weight",
+        "base_model.model.model.embed_tokens.weight",
+        "base_model.model.model.embed_positions.lora_embedding_A",
+        "base_model.model.lm_head.weight",
     ):
         yield Damage(f"feature: {name[-40:]}", UnsupportedFeatureError, _put(name, small))
     for key in good_tensors():

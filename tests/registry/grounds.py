@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from lora_hub_sdk.engine.shapes import module_shapes
+from lora_hub_sdk.engine.shapes import module_layout
 from lora_hub_sdk.testing import LocalHub, tiny_adapter, unregistered
 from lora_hub_sdk.testing.tiny import ATTENTION, MLP
 from tests.registry.report import content_of
@@ -46,7 +46,7 @@ class Grounds:
     def lay(self, name: str) -> str:
         """An adapter in a local folder; returns its revision."""
         self.folders[name] = made = self._make(name, 3)
-        revision = unregistered(made, module_shapes(self._base)).revision
+        revision = unregistered(made, module_layout(self._base)).revision
         self.contents[str(made), revision] = content_of(made)
         return revision
 

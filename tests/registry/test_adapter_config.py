@@ -118,7 +118,8 @@ def test_what_peft_writes_by_default_is_accepted(tmp_path: Path) -> None:
 UNDERSTOOD: dict[str, Any] = {
     "auto_mapping": {"parent_library": "peft"},
     "base_model_name_or_path": "somebody/base",
-    "bias": "none",
+    "bias": "lora_only",
+    "ensure_weight_tying": True,
     "eva_config": {"rho": 2.0},
     "exclude_modules": ["lm_head"],
     "fan_in_fan_out": True,
@@ -127,8 +128,10 @@ UNDERSTOOD: dict[str, Any] = {
     "layers_pattern": None,
     "layers_to_transform": [0, 1],
     "lora_alpha": 32,
+    "lora_bias": True,
     "lora_dropout": 0.1,
     "megatron_core": "megatron.core",
+    "modules_to_save": ["lm_head"],
     "peft_type": "LORA",
     "peft_version": "0.21.2",
     "qalora_group_size": 32,
@@ -139,30 +142,27 @@ UNDERSTOOD: dict[str, Any] = {
     "runtime_config": {"ephemeral_gpu_offload": True},
     "target_modules": ["q_proj"],
     "task_type": "CAUSAL_LM",
+    "use_dora": True,
     "use_rslora": True,
 }
-#: Fields of PEFT that change answers in ways not served yet, switched on.
+#: Fields of PEFT that change answers in ways that are not served, switched on.
 REFUSED: dict[str, Any] = {
     "alora_invocation_tokens": [1],
     "arrow_config": {"top_k": 3},
     "corda_config": {"corda_method": "ipm"},
-    "ensure_weight_tying": True,
     "kasa_config": {"beta": 1e-4},
     "layer_replication": [[0, 4], [2, 5]],
     "loftq_config": {"bits": 4},
-    "lora_bias": True,
     "lora_ga_config": {"direction": "ArB2r"},
     "megatron_config": {"hidden_size": 32},
-    "modules_to_save": ["lm_head"],
     "monteclora_config": {"samples": 2},
     "target_parameters": ["w"],
     "trainable_token_indices": [1, 2],
     "use_bdlora": {"nblocks": 2},
-    "use_dora": True,
     "use_qalora": True,
     "velora_config": {"rank": 2},
 }
-_INITS = ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "a_new_one")
+_INITS = ("pissa_niter_4", "corda", "loftq", "lora_ga", "a_new_one")
 
 
 def test_every_field_of_pefts_lora_is_understood_or_refused() -> None:
@@ -176,9 +176,37 @@ def test_a_field_that_does_not_change_answers_is_accepted(field: str) -> None:
     assert field in ("peft_type", "r", "lora_alpha") or parse(**{field: None})
 
 
-@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])
-def test_initialisations_that_leave_the_base_alone_are_accepted(init: object) -> None:
-    assert parse(init_lora_weights=init)
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_initialisations_that_leave_the_base_alone_are_plain(init: object) -> None:
+    assert parse(init_lora_weights=init).init == "plain"
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_initialisations_that_take_a_known_part_of_the_base_are_told_apart(init: str) -> None:
+    assert parse(init_lora_weights=init).init == init
+
+
+@pytest.mark.parametrize("field", ["use_dora", "init_lora_weights"])
+def test_a_bias_of_lora_b_beside_what_peft_refuses_beside_it_is_refused(field: str) -> None:
+    with pytest.raises(UnsupportedFeatureError, match=f"lora_bias with {field}"):
+        parse(lora_bias=True, use_dora=field == "use_dora", init_lora_weights="gaussian")
+
+
+@pytest.mark.parametrize("names", [["lm_head"], ["norm"], ["mlp", "o_proj"], ["layers.0.mlp"], ["model.norm"], None])
+def test_the_modules_that_are_saved_are_those_that_peft_saves(names: list[str] | None, base: Path) -> None:
+    from peft import get_peft_model
+    from peft.utils.other import ModulesToSaveWrapper
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config, ours = LoraConfig(target_modules=["q_proj"], modules_to_save=names), parse(modules_to_save=names)
+    paths = [path for path, module in model.named_modules() if path and not [*module.children()]]
+    tuned: Any = get_peft_model(model, config)
+    wrapped = tuned.base_model.model.named_modules()
+    saved = {path.split(".original_module")[0] + "." for path, one in wrapped if isinstance(one, ModulesToSaveWrapper)}
+    assert {path for path in paths if ours.saves(path)} == {
+        path for path in paths if f"{path}.".startswith(tuple(saved))
+    }
 
 
 @pytest.mark.parametrize(
@@ -188,7 +216,7 @@ def test_initialisations_that_leave_the_base_alone_are_accepted(init: object) ->
         *(("init_lora_weights", init) for init in _INITS),
         ("peft_type", "IA3"),
         ("task_type", "SEQ_CLS"),
-        ("bias", "lora_only"),
+        ("bias", "others"),
         ("rank_pattern", {"(q|k)_proj": 4}),
         ("rank_pattern", {"(a+)+$": 4}),
         ("a_field_of_the_future", "on"),

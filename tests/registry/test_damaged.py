@@ -14,7 +14,7 @@ import pytest
 from lora_hub_sdk.errors import AdmissionError, DamagedWeightsError
 from lora_hub_sdk.registry.admission import Admitted, admit
 from lora_hub_sdk.registry.inspection import Inspection, inspect_adapter
-from tests.registry.damage import MARKER, SECRET, SHAPES, Damage, bomb, damages, write_good
+from tests.registry.damage import LAYOUT, MARKER, SECRET, Damage, bomb, damages, write_good
 
 CASES = damages()
 
@@ -22,7 +22,7 @@ CASES = damages()
 def verdict(folder: Path) -> Admitted | AdmissionError:
     """What admission says; any other exception fails the test."""
     try:
-        return admit(folder, source="mine", shapes=SHAPES)
+        return admit(folder, source="mine", layout=LAYOUT)
     except AdmissionError as error:
         return error
 
@@ -35,7 +35,7 @@ def test_a_damaged_adapter_is_refused_by_name_and_nothing_runs(case: Damage, tmp
     assert isinstance(good, Admitted)
     case.spoil(folder)
     found = verdict(folder)
-    told = inspect_adapter(folder, source="mine", shapes=SHAPES)
+    told = inspect_adapter(folder, source="mine", layout=LAYOUT)
     assert not (folder / MARKER).exists(), case.name
     if isinstance(found, Admitted):
         assert case.error is None, f"{case.name} was admitted"
@@ -79,15 +79,17 @@ import collections, json, re, sys
 from pathlib import Path
 from lora_hub_sdk.errors import AdmissionError
 from lora_hub_sdk.registry.admission import admit
+from lora_hub_sdk.registry.layout import BaseLayout
 
-good, shapes = Path(sys.argv[1], "good"), json.loads(sys.argv[2])
+good, given = Path(sys.argv[1], "good"), json.loads(sys.argv[2])
+layout = BaseLayout(**{**given, "others": frozenset(given["others"])})
 # Not ru_maxrss: a child starts with its parent's.
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
-admit(good, source="good", shapes=shapes)
+admit(good, source="good", layout=layout)
 modules, before, found = set(sys.modules), peak(), collections.Counter()
 for folder in good.parent.glob("case-*[0-9]"):
     try:
-        admit(folder, source="mine", shapes=shapes)
+        admit(folder, source="mine", layout=layout)
         found["admitted"] += 1
     except AdmissionError:
         found["refused"] += 1
@@ -101,7 +103,13 @@ def test_all_of_them_in_one_process_take_little_memory_and_import_nothing(tmp_pa
     write_good(tmp_path / "good")
     for number, case in enumerate(CASES):
         case.spoil(write_good(tmp_path / f"case-{number}"))
-    command = [sys.executable, "-c", _ALL_AT_ONCE, str(tmp_path), json.dumps(SHAPES)]
+    command = [
+        sys.executable,
+        "-c",
+        _ALL_AT_ONCE,
+        str(tmp_path),
+        json.dumps({**asdict(LAYOUT), "others": [*LAYOUT.others]}),
+    ]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found, grown, imported, torch = json.loads(done.stdout)
