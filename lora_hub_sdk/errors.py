@@ -45,6 +45,7 @@ Where people already catch a standard type (``ValueError``, ``LookupError``), th
     └── GenerationError
         ├── EmptyPromptError (ValueError)
         ├── PromptTooLongError (ValueError)
+        ├── UnsupportedRouteError (ValueError) adapters that cannot be combined as asked
         ├── EngineClosedError (RuntimeError)
         ├── EngineBusyError                    too many requests wait already
         ├── DeadlineExceededError (TimeoutError)
@@ -298,6 +299,10 @@ class PromptTooLongError(GenerationError, ValueError):
         self.row = row
         self.tokens = tokens
         self.limit = limit
+
+
+class UnsupportedRouteError(GenerationError, ValueError):
+    """The route's adapters cannot be combined in the way that was asked; each of them can be served otherwise."""
 
 
 class EngineClosedError(GenerationError, RuntimeError):

@@ -40,3 +40,20 @@ def fusion_einsum(x: Tensor, a: Tensor, b: Tensor, matrix: Tensor) -> Tensor:
     mean_a = torch.einsum("bp,prd->brd", matrix, a)
     mean_b = torch.einsum("bp,por->bor", matrix, b)
     return torch.einsum("blr,bor->blo", torch.einsum("bld,brd->blr", x, mean_a), mean_b)
+
+
+def ramole_einsum(x: Tensor, a: Tensor, b: Tensor, present: Tensor, gate_a: Tensor, gate_b: Tensor) -> Tensor:
+    """Weights for each token from a gate (arXiv 2406.16989), with every v_i and k_i in memory.
+
+    x (b, l, d_in); ``present`` (b, p) tells which of the p adapters are members of a row; gate_a (width, d_in), gate_b
+    (d_out, width) -> (b, l, d_out). A row without members gets zeros.
+    """
+    import torch
+
+    values = torch.einsum("bld,prd,por->blpo", x, a, b)
+    query = torch.einsum("bld,wd->blw", x, gate_a)
+    keys = torch.einsum("blpo,ow->blpw", values, gate_b)
+    scores = torch.einsum("blw,blpw->blp", query, keys) / gate_a.shape[0] ** 0.5
+    scores = scores.masked_fill(~present[:, None], -torch.inf)
+    weights = torch.softmax(scores, -1).nan_to_num(0.0)
+    return torch.einsum("blp,blpo->blo", weights, values)

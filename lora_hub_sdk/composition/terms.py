@@ -27,12 +27,16 @@ Members = tuple[tuple[str, int, float], ...]
 class RouteTerms:
     """R stacked ranks: those of ``digests`` one after the other. ``partners`` and ``weights`` are R x J.
 
-    J is 1 in a mixture, and the number of members that reach a depth in a fusion.
+    J is 1 in a mixture, and the number of members that reach a depth in a fusion. ``shares`` are the members' weights,
+    ``owners`` tells for each rank its place among ``digests``. Where ``gated``, weights come from a gate instead.
     """
 
     digests: tuple[str, ...]
+    shares: tuple[float, ...]
+    owners: tuple[int, ...]
     partners: tuple[tuple[int, ...], ...]
     weights: tuple[tuple[float, ...], ...]
+    gated: bool = False
 
     @property
     def size(self) -> int:
@@ -59,11 +63,18 @@ def _terms(members: Members, averaged: Averaged) -> RouteTerms:
     owners = [(depth, weight) for _, rank, weight in members for depth in range(rank)]
     partners: tuple[tuple[int, ...], ...]
     mixing: tuple[tuple[float, ...], ...]
-    if averaged == "outputs":
+    if averaged != "parameters":
         partners = tuple((place,) for place in range(len(owners)))
         mixing = tuple((weight,) for _, weight in owners)
     else:
         level = {depth: tuple(at for at, (own, _) in enumerate(owners) if own == depth) for depth, _ in owners}
         partners = tuple(level[depth] for depth, _ in owners)
         mixing = tuple(tuple(weight * owners[other][1] for other in level[depth]) for depth, weight in owners)
-    return RouteTerms(tuple(digest for digest, _, _ in members), partners, mixing)
+    return RouteTerms(
+        digests=tuple(digest for digest, _, _ in members),
+        shares=tuple(weight for _, _, weight in members),
+        owners=tuple(place for place, (_, rank, _) in enumerate(members) for _ in range(rank)),
+        partners=partners,
+        weights=mixing,
+        gated=averaged == "tokens",
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -15,15 +15,21 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from lora_hub_sdk.composition.gates import TokenGate
+    from lora_hub_sdk.engine.extras import Extras, Forward
     from lora_hub_sdk.engine.rank_pool import Table
 
 
 @dataclass(frozen=True)
 class RowLora:
-    """One row: its route's terms, and the rows of the pool where their ranks lie, R of them."""
+    """One row: its route's terms, and the rows of the pool where their ranks lie, R of them.
+
+    ``gate`` is the digest of the gate that its weights come from, where the terms are gated.
+    """
 
     terms: RouteTerms
     ranks: tuple[int, ...]
+    gate: str | None = None
 
 
 class BatchLora:
@@ -32,12 +38,23 @@ class BatchLora:
     All mixings go by positions: rank s of the batch becomes sum_j ``weights[s, j]`` * h[``partners[s, j]``].
     """
 
-    def __init__(self, rows: Sequence[RowLora], *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        rows: Sequence[RowLora],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        gates: Mapping[str, TokenGate] | None = None,
+    ) -> None:
         self.rows = tuple(rows)
         self.device, self.dtype = device, dtype
+        self.gates = gates or {}
         self._routes = list(dict.fromkeys(self.rows))
         self._lookups: dict[int, Lookup] = {}
         self._padded: dict[int, Padded] = {}
+        self._affine: dict[str, Affine | None] = {}
+        self._saved: dict[str, list[Saved]] = {}
+        self._gating: dict[bool, list[Gating]] = {}
         self._dense: dict[tuple[str, ...], DenseTable] = {}
 
     @property
@@ -53,15 +70,112 @@ class BatchLora:
             on_cpu=self.device.type == "cpu",
             half=self.dtype.itemsize == 2,
             tokens=tokens,
+            gated=self.gated,
             routes=len(self._routes),
             looked_up=sum(len(row.ranks) for row in self.rows),
             different=len(self.different),
         )
 
     @cached_property
+    def gated(self) -> bool:
+        """Whether any row's weights come from a gate."""
+        return any(row.terms.gated for row in self.rows)
+
+    @cached_property
+    def digests(self) -> frozenset[str]:
+        """The contents of all rows' adapters."""
+        return frozenset(digest for row in self.rows for digest in row.terms.digests)
+
+    @cached_property
     def different(self) -> tuple[int, ...]:
         """The different ranks of the pool that any row has."""
         return tuple(dict.fromkeys(rank for row in self.rows for rank in row.ranks))
+
+    # -- beside the factors -------------------------------------------------------------------------------------------
+
+    def affine(self, path: str, extras: Mapping[str, Extras], bias: Tensor | None) -> Affine | None:
+        """What the rows' outputs of a module are multiplied by and shifted by; None where no row has anything there.
+
+        With the members' weights w: W x + bias becomes W x (1 + sum w (g - 1)) + bias + sum w shift.
+        """
+        if path not in self._affine:
+            gains = self._mixed({digest: one.gains[path] for digest, one in extras.items() if path in one.gains})
+            shifts = self._mixed({digest: one.shifts[path] for digest, one in extras.items() if path in one.shifts})
+            if gains is not None and bias is not None:
+                back = gains * bias.float()
+                shifts = -back if shifts is None else shifts - back
+            gain, shift = (None if one is None else self._weights(one[:, None]) for one in (gains, shifts))
+            self._affine[path] = None if gain is None and shift is None else Affine(gain, shift)
+        return self._affine[path]
+
+    def saved(self, path: str, extras: Mapping[str, Extras]) -> list[Saved]:
+        """The modules that replace the base's at a path."""
+        if path not in self._saved:
+            import torch
+
+            shares = {digest: self._shares_of(digest) for digest, one in extras.items() if path in one.saved}
+            self._saved[path] = [
+                Saved(extras[digest].saved[path], self._index(list(own)), self._weights(torch.tensor([*own.values()])))
+                for digest, own in shares.items()
+            ]
+        return self._saved[path]
+
+    def _mixed(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """sum over a row's members of w * tensor, (b, d), float32; None where no row has any of them."""
+        import torch
+
+        matrix = torch.zeros(len(self.rows), len(tensors))
+        for place, digest in enumerate(tensors):
+            for row, share in self._shares_of(digest).items():
+                matrix[row, place] = share
+        if not bool(matrix.any()):
+            return None
+        return matrix.to(self.device) @ torch.stack(list(tensors.values()))
+
+    def _shares_of(self, digest: str) -> dict[int, float]:
+        """The rows that have an adapter, and its weight in each."""
+        return {
+            place: share
+            for place, row in enumerate(self.rows)
+            for own, share in zip(row.terms.digests, row.terms.shares, strict=True)
+            if own == digest
+        }
+
+    # -- gates --------------------------------------------------------------------------------------------------------
+
+    def gating(self, padded: bool) -> list[Gating]:
+        """For each gate, which ranks it weighs; ``padded`` for places (b, R), else for the S ranks."""
+        if padded not in self._gating:
+            self._gating[padded] = [
+                self._gating_of(gate, padded) for gate in dict.fromkeys(row.gate for row in self.rows) if gate
+            ]
+        return self._gating[padded]
+
+    def _gating_of(self, gate: str, padded: bool) -> Gating:
+        import torch
+
+        members = max(len(row.terms.digests) for row in self.rows)
+        width = max(len(row.ranks) for row in self.rows)
+        present = torch.zeros(len(self.rows), members, dtype=torch.bool)
+        slots: list[list[int]] = []
+        mine: list[list[bool]] = []
+        for place, row in enumerate(self.rows):
+            own = row.gate == gate
+            if own:
+                present[place, : len(row.terms.digests)] = True
+            missing = width - len(row.ranks) if padded else 0
+            base = 0 if padded else place * members
+            slots.append([*(base + owner for owner in row.terms.owners), *[0] * missing])
+            mine.append([own] * len(row.ranks) + [False] * missing)
+        if padded:
+            return Gating(gate, present.to(self.device), self._index(slots), torch.tensor(mine, device=self.device))
+        flat = [one for row in mine for one in row]
+        return Gating(
+            gate,
+            present.to(self.device),
+            self._index([one for row in slots for one in row]),
+            torch.tensor(flat, dtype=torch.bool, device=self.device),
+        )
 
     # -- shared -------------------------------------------------------------------------------------------------------
 
@@ -123,6 +237,11 @@ class BatchLora:
         if self.partners is None:
             return hidden.mul_(self.weights)
         return (hidden[..., self.partners] * self.weights).sum(-1)
+
+    @property
+    def owners(self) -> Tensor:
+        """(S,) the batch row of each rank."""
+        return self._flat[2]
 
     @cached_property
     def _flat(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,6 +323,36 @@ class BatchLora:
 
     def _weights(self, values: Tensor) -> Tensor:
         return values.to(self.device, self.dtype)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """``gain`` less 1 and ``shift``, (b, 1, d_out); None for none at all."""
+
+    gain: Tensor | None
+    shift: Tensor | None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An adapter's own module, the rows (m,) that have it, and its weights there (m,)."""
+
+    forward: Forward
+    rows: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Gating:
+    """Which members a gate weighs: ``present`` (b, k). For each rank its member's ``slot``, and whether it is ``mine``.
+
+    Of padded places both are (b, R) and slots count within the row, else (S,) and they count through all rows.
+    """
+
+    gate: str
+    present: Tensor
+    slot: Tensor
+    mine: Tensor
 
 
 @dataclass(frozen=True)

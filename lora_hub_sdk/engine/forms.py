@@ -27,16 +27,22 @@ _LOOKUPS_HALF: Final = 24
 _DENSE_RANKS_GPU: Final = 4096
 
 
-def choose_form(*, on_cpu: bool, half: bool, tokens: int, routes: int, looked_up: int, different: int) -> Form:
+def choose_form(
+    *, on_cpu: bool, half: bool, tokens: int, gated: bool = False, routes: int, looked_up: int, different: int
+) -> Form:
     """The form for a forward pass.
 
     Args:
         half: whether the factors take two bytes a number.
         tokens: of each row; 1 for a decoding step.
+        gated: whether any row's weights come from a gate; they differ from token to token, so each row's ranks stay
+            apart.
         routes: how many different routes the rows have.
         looked_up: the ranks of all rows together.
         different: how many different ranks these are.
     """
+    if gated:
+        return "lookup" if tokens == 1 and on_cpu else "gather"
     if tokens > 1:
         return "shared" if routes == 1 else "gather"
     if on_cpu and (_LOOKUPS_HALF if half else _LOOKUPS) * different > looked_up:

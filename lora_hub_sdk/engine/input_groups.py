@@ -31,7 +31,9 @@ def input_groups(model: nn.Module, paths: Sequence[str]) -> Groups:
             hook = _noting(path, note)
             undo.callback(modules[path].register_forward_hook(hook).remove)
         anything: Any = model
-        anything(input_ids=torch.zeros((1, 1), dtype=torch.long, device=anything.device), use_cache=False)
+        # Without a mask, a model whose padding is the token 0 warns.
+        one = torch.zeros((1, 1), dtype=torch.long, device=anything.device)
+        anything(input_ids=one, attention_mask=torch.ones_like(one), use_cache=False)
     calls = [path for path, _, _ in seen]
     groups: dict[int | str, dict[str, int]] = {}
     for path, inputs, width in seen:

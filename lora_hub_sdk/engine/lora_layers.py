@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_hub_sdk.engine.batch_lora import BatchLora
+from lora_hub_sdk.engine.extras import Extras
 from lora_hub_sdk.engine.forms import Form
+from lora_hub_sdk.engine.gating import gate_looked_up, gate_padded
 from lora_hub_sdk.engine.linear import Product
 from lora_hub_sdk.engine.rank_pool import RankPool, Table
 from lora_hub_sdk.errors import ConfigurationError
@@ -20,7 +22,7 @@ Add = Callable[[int, "Tensor"], None]
 
 
 class LoraLayers:
-    """Takes over the forward of a model's linear modules, for exactly as long as one pass of a batch.
+    """Takes over the forward of a model's modules, for exactly as long as one pass of a batch.
 
     The base weights are never written. On every way out of ``with layers.apply(batch)`` the model is as it came: PEFT's
     hooks outlive an exception and give the next caller the failed call's adapter. Not thread-safe: whoever owns the
@@ -28,25 +30,39 @@ class LoraLayers:
 
     Args:
         products: the linear modules of the model by path, and how each computes its own product.
+        embedding: the path of the input embedding.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], products: Mapping[str, Product], pool: RankPool) -> None:
-        self._pool = pool
-        self._forwards = [(modules[path], self._forward(path, product)) for path, product in products.items()]
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        products: Mapping[str, Product],
+        pool: RankPool,
+        *,
+        embedding: str | None = None,
+    ) -> None:
+        self._pool, self._modules = pool, modules
+        self._biases: dict[str, Any] = {path: getattr(modules[path], "bias", None) for path in products}
+        self._forwards = {path: self._forward(path, product) for path, product in products.items()}
+        if embedding is not None:
+            self._forwards[embedding] = self._embed(embedding)
         self._active: _Pass | None = None
 
     @contextmanager
     def apply(self, batch: BatchLora, tokens: int) -> Iterator[None]:
         """Within the block a forward pass has the rows of ``batch``, each of ``tokens`` tokens."""
         tables = {} if batch.empty else self._pool.members
-        self._active = _Pass(batch, tables, tokens)
+        extras = {digest: one for digest, one in self._pool.extras.items() if digest in batch.digests}
+        self._active = _Pass(batch, tables, tokens, extras, self._biases)
+        others = {path for one in extras.values() for path in one.saved} - self._forwards.keys()
+        forwards = self._forwards | {path: self._other(path) for path in others}
         try:
-            for module, forward in self._forwards:
-                module.__dict__["forward"] = forward
+            for path, forward in forwards.items():
+                self._modules[path].__dict__["forward"] = forward
             yield
         finally:
-            for module, _ in self._forwards:
-                module.__dict__.pop("forward", None)
+            for path in forwards:
+                self._modules[path].__dict__.pop("forward", None)
             self._active = None
 
     def _forward(self, path: str, product: Product) -> Callable[[Tensor], Tensor]:
@@ -58,19 +74,54 @@ class LoraLayers:
 
         return forward
 
+    def _embed(self, path: str) -> Callable[[Tensor], Tensor]:
+        own = self._modules[path].forward
+        # Gemma's multiplies what it looks up.
+        scale: Any = getattr(self._modules[path], "embed_scale", None)
+
+        def forward(ids: Tensor) -> Tensor:
+            assert self._active is not None, "only a pass calls it"
+            output: Tensor = own(ids)
+            self._active.embed_(path, ids, output, scale)
+            return output
+
+        return forward
+
+    def _other(self, path: str) -> Callable[..., Tensor]:
+        """Of a module that some adapter replaces and that nothing else is added to, as a norm."""
+        own = self._modules[path].forward
+
+        def forward(x: Tensor) -> Tensor:
+            assert self._active is not None, "only a pass calls it"
+            output: Tensor = own(x)
+            self._active.adjust_(path, x, output)
+            return output
+
+        return forward
+
 
 class _Pass:
     """One forward pass. What modules with the same input share is computed at the first of them."""
 
-    def __init__(self, batch: BatchLora, tables: Mapping[str, tuple[Table, int]], tokens: int) -> None:
+    def __init__(
+        self,
+        batch: BatchLora,
+        tables: Mapping[str, tuple[Table, int]],
+        tokens: int,
+        extras: Mapping[str, Extras],
+        biases: Mapping[str, Any],
+    ) -> None:
         self._batch, self._tables, self._tokens = batch, tables, tokens
+        self._extras, self._biases = extras, biases
         self._prepare = _FORMS[batch.form(tokens)]
         self._input: Tensor | None = None
         self._table: Table | None = None
         self._add: Add | None = None
 
     def add_(self, path: str, x: Tensor, output: Tensor) -> None:
-        """Add the delta of each row to the output of a module, in place; nothing where no adapter has it."""
+        """Add the delta of each row to the output of a linear module, in place; nothing where no adapter has it."""
+        if self._extras:
+            self.adjust_(path, x, output)
         found = self._tables.get(path)
         if found is None:
             return
@@ -79,6 +130,34 @@ class _Pass:
             self._input, self._table = x, table
             self._add = self._prepare(self._by_row(path, x).to(self._batch.dtype), table, self._batch)
         self._add(member, self._by_row(path, output))
+
+    def embed_(self, path: str, ids: Tensor, output: Tensor, scale: Tensor | float | None) -> None:
+        """As ``add_``, to the output of the embedding, of ids (b, l)."""
+        if self._extras:
+            self.adjust_(path, ids, output)
+        found = self._tables.get(path)
+        if found is not None:
+            table, _ = found
+            delta = _embedded(ids, table, self._batch)
+            output.add_(delta if scale is None else delta * scale)
+
+    def adjust_(self, path: str, x: Tensor, output: Tensor) -> None:
+        """Give each row's output what its adapters have there beside factors, in place."""
+        replaced = self._batch.saved(path, self._extras)
+        affine = self._batch.affine(path, self._extras, self._biases.get(path))
+        if not replaced and affine is None:
+            return
+        rows = self._by_row(path, output) if output.dim() == 2 else output
+        if replaced and x.is_floating_point() and x.dim() == 2:
+            x = self._by_row(path, x)
+        # From the base's own output all of them, before it changes.
+        deltas = [(one, (one.forward(x[one.rows]) - rows[one.rows])) for one in replaced]
+        if affine is not None and affine.gain is not None:
+            rows.addcmul_(rows, affine.gain)
+        if affine is not None and affine.shift is not None:
+            rows.add_(affine.shift)
+        for one, delta in deltas:
+            rows.index_add_(0, one.rows, delta * one.weights.view(-1, *[1] * (rows.dim() - 1)).to(delta.dtype))
 
     def _by_row(self, path: str, x: Tensor) -> Tensor:
         """(b, l, d), also where a model passes (b * l, d) as OPT does."""
@@ -111,7 +190,9 @@ def _lookup(x: Tensor, table: Table, batch: BatchLora) -> Add:
     products: Any = torch.ops.aten._embedding_bag_per_sample_weights_backward.default
     width = x.shape[-1]
     hidden: Tensor = products(x.reshape(-1, width), table.a.view(-1, width), at.index, at.offsets, at.owners, 0, -1)
-    hidden = batch.mix_(hidden.view(members, -1))
+    hidden = hidden.view(members, -1)
+    mixed = batch.mix_(hidden.clone() if batch.gated else hidden)
+    hidden = gate_looked_up(hidden, mixed, x, table, batch) if batch.gated else mixed
     done: dict[int, Tensor] = {}
 
     def add(member: int, output: Tensor) -> None:
@@ -158,17 +239,8 @@ def _gather(x: Tensor, table: Table, batch: BatchLora) -> Add:
     import torch
 
     members, width, rows = len(table.paths), x.shape[-1], len(batch.rows)
-    padded = batch.padded(members)
-    a = table.a.view(-1, width).index_select(0, padded.index).view(rows, -1, width)
-    hidden = torch.bmm(x, a.transpose(1, 2))
-    if padded.partners is None:
-        hidden.mul_(padded.weights)
-    else:
-        # (b, l, n, R, J): each rank's partners within its own module.
-        apart = hidden.view(*x.shape[:2], members, -1)
-        places = padded.partners[:, None, None].expand(*apart.shape[:3], *padded.partners.shape[1:])
-        mixed = apart[..., None, :].expand(*places.shape[:4], -1).gather(-1, places)
-        hidden = (mixed * padded.weights[:, None, None]).sum(-1).view(hidden.shape)
+    a = table.a.view(-1, width).index_select(0, batch.padded(members).index).view(rows, -1, width)
+    hidden = _mixed(torch.bmm(x, a.transpose(1, 2)), x, table, batch)
     ranks = hidden.shape[-1] // members
 
     def add(member: int, output: Tensor) -> None:
@@ -182,6 +254,33 @@ def _gather(x: Tensor, table: Table, batch: BatchLora) -> Add:
             output.add_(torch.bmm(mine, factors))
 
     return add
+
+
+def _mixed(hidden: Tensor, x: Tensor | None, table: Table, batch: BatchLora) -> Tensor:
+    """The activations of padded ranks (b, l, n * R) as each row's route mixes them. May be done in place."""
+    members = len(table.paths)
+    padded = batch.padded(members)
+    apart = hidden.view(*hidden.shape[:2], members, -1)
+    if padded.partners is None:
+        mixed = hidden * padded.weights if batch.gated else hidden.mul_(padded.weights)
+    else:
+        # (b, l, n, R, J): each rank's partners within its own module.
+        places = padded.partners[:, None, None].expand(*apart.shape[:3], *padded.partners.shape[1:])
+        found = apart[..., None, :].expand(*places.shape[:4], -1).gather(-1, places)
+        mixed = (found * padded.weights[:, None, None]).sum(-1)
+    if batch.gated:
+        mixed = gate_padded(apart, mixed.view(apart.shape), x, table, batch)
+    return mixed.view(hidden.shape)
+
+
+def _embedded(ids: Tensor, table: Table, batch: BatchLora) -> Tensor:
+    """The delta of an embedding, (b, l, d). What A times a one-hot vector is, is looked up."""
+    import torch
+
+    rows, (_, _, b) = len(batch.rows), table.run_of(0)
+    index = batch.padded(1).index.view(rows, 1, -1)
+    hidden = _mixed(table.a[index, 0, ids[:, :, None]], None, table, batch)
+    return torch.bmm(hidden, b[index.view(rows, -1), 0])
 
 
 def _add_product(output: Tensor, left: Tensor, right: Tensor) -> None:

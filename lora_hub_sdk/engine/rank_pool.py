@@ -2,7 +2,8 @@
 
 An adapter of rank r takes r rows, the same ones in every module: rows of A, and rows of s B^T. A module that it lacks,
 or where it has a smaller rank, holds zeros there. Row 0 stays zero for whatever has to point somewhere. Rows are
-taken one by one, so the pool never fragments.
+taken one by one, so the pool never fragments. What an adapter has beside factors lies beside the tables, see
+``Extras``; so do the keys of gates, one for each row and module.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, cast
 from weakref import ReferenceType, ref
 
 from lora_hub_sdk.composition.factors import AdapterFactors
+from lora_hub_sdk.composition.gates import TokenGate
+from lora_hub_sdk.engine.extras import Extras, extras_of
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from lora_hub_sdk.engine.base_model import BaseModel
 
 _FIRST_ROWS: Final = 64
 #: Tables are made smaller once they have so many times the rows that are used.
@@ -29,12 +34,14 @@ _LOOSE: Final = 4
 class Table:
     """The factors of the modules ``paths``, which share an input: ``a`` (rows, n, d_in).
 
-    ``b`` holds for each run of modules with equally wide outputs one tensor (rows, m, d_out).
+    ``b`` holds for each run of modules with equally wide outputs one tensor (rows, m, d_out). ``gates`` has what each
+    gate needs here, by its digest.
     """
 
     paths: tuple[str, ...]
     a: Tensor
     b: list[Tensor]
+    gates: dict[str, GateTable] = field(default_factory=dict)
 
     def run_of(self, member: int) -> tuple[int, int, Tensor]:
         """Of the module at that place of ``paths``: the first and the last but one of its run, and its run's tensor."""
@@ -45,6 +52,18 @@ class Table:
                 return first, last, tensor
             first = last
         raise IndexError(member)
+
+
+@dataclass
+class GateTable:
+    """A gate at the modules of a table: ``queries`` (n * width, d_in), ``keys`` (rows, n, width).
+
+    ``maps`` (d_out, width) of each module make keys of the rows of its b.
+    """
+
+    queries: Tensor
+    maps: list[Tensor]
+    keys: Tensor
 
 
 class UnprovenError(Exception):
@@ -69,6 +88,7 @@ class RankPool:
         groups: the modules that share an input, see ``input_groups``; a group's table exists from the first adapter on
             that has any of them.
         shapes: (d_out, d_in) of each module.
+        modules: the base's modules by path, for adapters that replace some.
         budget_bytes: what the tables may take, unless what is pinned at once takes more.
     """
 
@@ -80,17 +100,35 @@ class RankPool:
         dtype: torch.dtype,
         device: torch.device,
         budget_bytes: int,
+        modules: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self._shapes, self._dtype, self._device = shapes, dtype, device
         self._group_of = {path: group for group in groups for path in group}
         self._budget = budget_bytes
+        self._modules = modules or {}
+        #: The gates that keys are kept for, by digest; the last one is the present one.
+        self.gates: dict[str, TokenGate] = {}
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._rows = _FIRST_ROWS
         self._free = list(range(_FIRST_ROWS - 1, 0, -1))
         self.tables: dict[tuple[str, ...], Table] = {}
         #: For each module that any adapter has had its table and its place there.
         self.members: dict[str, tuple[Table, int]] = {}
+        #: What adapters have beside factors, by digest.
+        self.extras: dict[str, Extras] = {}
         self.evictions = 0
+
+    @classmethod
+    def of(cls, base: BaseModel, budget_bytes: int) -> RankPool:
+        """A pool for the adapters of a base model."""
+        shapes, groups = dict(base.shapes), list(base.groups)
+        if base.embedding is not None:
+            vocabulary, width = cast("nn.Embedding", base.modules[base.embedding]).weight.shape
+            shapes[base.embedding] = (width, vocabulary)
+            groups.append((base.embedding,))
+        return cls(
+            groups, shapes, dtype=base.dtype, device=base.device, budget_bytes=budget_bytes, modules=base.modules
+        )
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._held
@@ -104,13 +142,19 @@ class RankPool:
 
     @property
     def size_bytes(self) -> int:
-        """What the tables take, free rows included."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+        """What the tables take, free rows included, and what lies beside them."""
+        tables = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+        return tables + self._extra_bytes
 
     @property
     def used_bytes(self) -> int:
-        """What the rows of the adapters in it take."""
-        return self._rank_bytes(self.tables) * sum(len(held.rows) for held in self._held.values())
+        """What the adapters in it take."""
+        rows = sum(len(held.rows) for held in self._held.values())
+        return self._rank_bytes(self.tables) * rows + self._extra_bytes
+
+    @property
+    def _extra_bytes(self) -> int:
+        return sum(extras.size_bytes for extras in list(self.extras.values()))
 
     def pin(self, factors: AdapterFactors, *, proven: bool = True) -> tuple[int, ...]:
         """The adapter's rows, which stay until ``unpin``; it is copied in where it is not there yet.
@@ -129,7 +173,15 @@ class RankPool:
             self._forget(factors.digest)
             held = None
         if held is None:
-            held = self._held[factors.digest] = _Held(self._take(factors), source=None if proven else ref(factors))
+            extras = extras_of(factors, self._modules, dtype=self._dtype, device=self._device)
+            if extras is not None:
+                self.extras[factors.digest] = extras
+            try:
+                rows = self._take(factors)
+            except BaseException:
+                self.extras.pop(factors.digest, None)
+                raise
+            held = self._held[factors.digest] = _Held(rows, source=None if proven else ref(factors))
             try:
                 self._write(factors, held.rows)
             except BaseException:
@@ -163,10 +215,21 @@ class RankPool:
         self._forget(digest)
         return True
 
+    def add_gate(self, gate: TokenGate) -> None:
+        """Keep keys for this gate from now on; those of others go when nothing is pinned."""
+        self.gates.pop(gate.digest, None)
+        self.gates[gate.digest] = gate
+        for table in self.tables.values():
+            self._make_keys(table, gate)
+
     def compact(self) -> None:
         """Give memory back that a burst took; only while nothing is pinned, as rows move."""
         if any(held.pins for held in self._held.values()):
             return
+        for digest in list(self.gates)[:-1]:
+            del self.gates[digest]
+            for table in self.tables.values():
+                table.gates.pop(digest, None)
         allowed = self._allowed(self.tables)
         while self.used_bytes + self._rank_bytes(self.tables) > self._budget and self._evict():
             pass
@@ -177,6 +240,9 @@ class RankPool:
     def _take(self, factors: AdapterFactors) -> tuple[int, ...]:
         """Rows for an adapter: free ones, or new ones within the budget, or those of others."""
         self._make_tables(factors)
+        while self.used_bytes + factors.rank * self._rank_bytes(self.tables) > self._budget and self._extra_bytes:
+            if not self._evict():
+                break
         while len(self._free) < factors.rank:
             needed, allowed = self._rows + factors.rank - len(self._free), self._allowed(self.tables)
             if needed <= allowed:
@@ -195,12 +261,15 @@ class RankPool:
 
     def _forget(self, digest: str) -> None:
         rows = self._held.pop(digest).rows
+        self.extras.pop(digest, None)
         self._free.extend(reversed(rows))  # they are taken from the end, and side by side again
 
     def _grow(self, rows: int) -> None:
         for table in self.tables.values():
             table.a = _longer(table.a, rows)
             table.b = [_longer(tensor, rows) for tensor in table.b]
+            for gate in table.gates.values():
+                gate.keys = _longer(gate.keys, rows)
         self._free.extend(range(rows - 1, self._rows - 1, -1))
         self._rows = rows
 
@@ -216,6 +285,8 @@ class RankPool:
         for table in self.tables.values():
             table.a = table.a[:rows].clone()
             table.b = [tensor[:rows].clone() for tensor in table.b]
+            for gate in table.gates.values():
+                gate.keys = gate.keys[:rows].clone()
         self._rows, self._free = rows, [row for row in self._free if row < rows]
 
     def _rebuild(self, kept: list[int], rows: int) -> None:
@@ -226,6 +297,8 @@ class RankPool:
         for table in self.tables.values():
             table.a = _longer(table.a[index], rows)
             table.b = [_longer(tensor[index], rows) for tensor in table.b]
+            for gate in table.gates.values():
+                gate.keys = _longer(gate.keys[index], rows)
         moved = {old: new for new, old in enumerate(kept)}
         for held in self._held.values():
             held.rows = tuple(moved[row] for row in held.rows)
@@ -251,6 +324,26 @@ class RankPool:
                     [zeros(count, width) for count, width in zip(runs, dict.fromkeys(widths), strict=True)],
                 )
                 self.members |= {path: (table, place) for place, path in enumerate(group)}
+                for gate in self.gates.values():
+                    self._make_keys(table, gate)
+
+    def _make_keys(self, table: Table, gate: TokenGate) -> None:
+        import torch
+
+        queries, maps = [], []
+        for path in table.paths:
+            d_out, d_in = self._shapes[path]
+            own = gate.module(path) or (torch.zeros(gate.width, d_in), torch.zeros(d_out, gate.width))
+            queries.append(self._here(own[0]))
+            maps.append(self._here(own[1]))
+        keys = torch.zeros(self._rows, len(maps), gate.width, dtype=self._dtype, device=self._device)
+        made = table.gates[gate.digest] = GateTable(torch.cat(queries), maps, keys)
+        for member in range(len(maps)):
+            self._write_keys(table, made, member, slice(None))
+
+    def _write_keys(self, table: Table, gate: GateTable, member: int, rows: slice | Tensor) -> None:
+        first, _, b = table.run_of(member)
+        gate.keys[rows, member] = b[rows, member - first] @ gate.maps[member]
 
     def _rank_bytes(self, groups: Iterable[tuple[str, ...]]) -> int:
         """What one row takes in the tables of these groups."""
@@ -258,13 +351,15 @@ class RankPool:
 
     def _allowed(self, groups: Iterable[tuple[str, ...]]) -> int:
         """How many rows the budget has room for."""
-        return self._budget // max(self._rank_bytes(groups), 1)
+        return max(self._budget - self._extra_bytes, 0) // max(self._rank_bytes(groups), 1)
 
     def _write(self, factors: AdapterFactors, rows: tuple[int, ...]) -> None:
         import torch
 
+        if not rows:
+            return
         places = torch.tensor(rows, device=self._device)
-        side_by_side = rows == tuple(range(rows[0], rows[0] + len(rows))) if rows else True
+        side_by_side = rows == tuple(range(rows[0], rows[0] + len(rows)))
         if any(path not in factors.modules or factors.modules[path].rank < len(rows) for path in self.members):
             # Where nothing is written there must be zeros, and not what an earlier owner of these rows had there.
             for tensor in self._tensors():
@@ -284,6 +379,10 @@ class RankPool:
                 own = places[: one.rank]
                 a.index_copy_(0, own, self._here(one.a))
                 b.index_copy_(0, own, self._here(one.b.t().float() * one.scale))
+        for table in self.tables.values():
+            for gate in table.gates.values():
+                for member in range(len(table.paths)):
+                    self._write_keys(table, gate, member, places)
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, self._dtype)
@@ -292,6 +391,7 @@ class RankPool:
         for table in list(self.tables.values()):  # statistics ask from other threads
             yield table.a
             yield from table.b
+            yield from (gate.keys for gate in list(table.gates.values()))
 
 
 def _is_exact(scale: float) -> bool:

@@ -42,6 +42,8 @@ class Job:
     prompt: EncodedPrompt
     row: Row
     ticket: Ticket
+    #: Digest of the gate that its weights come from.
+    gate: str | None = None
     submitted: float = field(default_factory=monotonic)
     held: Held | None = None
     terms: RouteTerms | None = None

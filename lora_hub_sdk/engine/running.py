@@ -40,7 +40,7 @@ class Model:
                 f"{base.id!r} has layers of {', '.join(sorted(kinds))}; only attention is supported"
             )
         self.base, self.pool, self.layers = base, pool, config.num_hidden_layers
-        self._lora = LoraLayers(base.modules, base.products, pool)
+        self._lora = LoraLayers(base.modules, base.products, pool, embedding=base.embedding)
         self._model = model
         # Masks that are ready are taken as they are; where layers differ in what they may see, the model makes its own.
         sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ()) or _window(config)
@@ -64,7 +64,7 @@ class Model:
 
     def batch(self, rows: Sequence[RowLora]) -> BatchLora:
         """These rows' adapters, as a pass takes them."""
-        return BatchLora(rows, device=self.base.device, dtype=self.base.dtype)
+        return BatchLora(rows, device=self.base.device, dtype=self.base.dtype, gates=self.pool.gates)
 
 
 class Prefill:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_hub_sdk.composition.factors import LoraFactors
 from lora_hub_sdk.composition.reference import fusion_einsum, mixture_einsum, stack_padded
 from lora_hub_sdk.composition.terms import RouteTerms, terms_of
-from lora_hub_sdk.types import Route
+from lora_hub_sdk.types import Member, Route
 from tests.support import bare_adapter, route_of
 
 D_IN, D_OUT = 12, 7
@@ -89,12 +89,21 @@ def test_fusion_keeps_the_cross_terms() -> None:
 
 def test_a_rank_mixes_with_itself_in_a_mixture_and_with_all_of_its_depth_in_a_fusion() -> None:
     ranks = {A.digest: 1, B.digest: 2}
+    members = (A.digest, B.digest), (0.25, 0.5), (0, 1, 1)
     assert terms_of(route_of("mixture", (A, 0.25), (B, 0.5)), ranks) == RouteTerms(
-        (A.digest, B.digest), ((0,), (1,), (2,)), ((0.25,), (0.5,), (0.5,))
+        *members, ((0,), (1,), (2,)), ((0.25,), (0.5,), (0.5,))
     )
     assert terms_of(route_of("fusion", (A, 0.25), (B, 0.5)), ranks) == RouteTerms(
-        (A.digest, B.digest), ((0, 1), (0, 1), (2,)), ((0.0625, 0.125), (0.125, 0.25), (0.25,))
+        *members, ((0, 1), (0, 1), (2,)), ((0.0625, 0.125), (0.125, 0.25), (0.25,))
     )
+
+
+def test_a_route_averaged_by_tokens_keeps_its_ranks_apart_and_says_so() -> None:
+    route = Route("ramole", "tokens", (Member(A, 0.5), Member(B, 0.5)))
+    terms = terms_of(route, {A.digest: 1, B.digest: 2})
+    assert terms.gated
+    assert terms.owners == (0, 1, 1)
+    assert terms.partners == ((0,), (1,), (2,))
 
 
 def test_equal_content_under_two_names_is_one_member_with_added_weights() -> None:

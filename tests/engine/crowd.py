@@ -34,29 +34,36 @@ _MODULES: tuple[tuple[str, ...], ...] = (
     ("down_proj",),
     ("k_proj", "o_proj", "gate_proj"),
 )
+#: What else an adapter may be, beside plain LoRA; none of it changes how many ranks it has.
+_VARIANTS: tuple[dict[str, Any], ...] = (
+    {"dora": True},
+    {"modules_to_save": ("norm", "input_layernorm")},
+    {"modules_to_save": ("lm_head",)},
+    {"modules": ("q_proj", "embed_tokens", "lm_head")},
+)
 _WORDS = ("river", "is", "of", "seven", "añil", "12 + 5", "x" * 40, "why", "the lamp", "Grüße", "?")
 
 
-def adapters_in(folder: Path, base: Path, count: int, *, seed: int = 0) -> list[Adapter]:
-    """Adapters named ``lora-0`` on: ranks 1 to 16, different modules, layers and scales."""
+def adapters_in(folder: Path, base: Path, count: int, *, seed: int = 0, variants: bool = False) -> list[Adapter]:
+    """Adapters named ``lora-0`` on: ranks 1 to 16, different modules, layers and scales.
+
+    With ``variants`` every third is more than plain LoRA.
+    """
     pick = random.Random(seed)
-    return [
-        adapter_at(
-            tiny_adapter(
-                folder / f"lora-{place}",
-                base,
-                rank=pick.choice((1, 2, 3, 4, 6, 8, 16)),
-                alpha=pick.choice((1.0, 4.0, 8.0, 16.0)),
-                seed=seed + place,
-                modules=pick.choice(_MODULES),
-                layers=pick.choice((None, None, (0,), (1,))),
-                rslora=pick.random() < 0.3,
-            ),
-            base,
-            id=place + 1,
-        )
-        for place in range(count)
-    ]
+    found = []
+    for place in range(count):
+        spec: dict[str, Any] = {
+            "rank": pick.choice((1, 2, 3, 4, 6, 8, 16)),
+            "alpha": pick.choice((1.0, 4.0, 8.0, 16.0)),
+            "seed": seed + place,
+            "modules": pick.choice(_MODULES),
+            "layers": pick.choice((None, None, (0,), (1,))),
+            "rslora": pick.random() < 0.3,
+        }
+        if variants and place % 3 == 0:
+            spec |= {"layers": None} | _VARIANTS[place // 3 % len(_VARIANTS)]
+        found.append(adapter_at(tiny_adapter(folder / f"lora-{place}", base, **spec), base, id=place + 1))
+    return found
 
 
 def random_route(pick: random.Random, adapters: Sequence[Adapter]) -> Route:

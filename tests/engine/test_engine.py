@@ -360,7 +360,7 @@ def test_quantized_bases_take_adapters(kind: Any, similarity: float) -> None:
     def logits(settings: ModelSettings) -> torch.Tensor:
         base, factors = load_base_model(resolved, settings), load_factors(adapter)
         prompt = PromptEncoder(base.tokenizer).encode("Is this positive or negative? I loved it.", limit=99)
-        pool = RankPool(base.groups, base.shapes, dtype=base.dtype, device=base.device, budget_bytes=1 << 28)
+        pool = RankPool.of(base, 1 << 28)
         terms = terms_of(route_of("selection", (adapter, 1.0)), {adapter.digest: factors.rank})
         with torch.inference_mode():
             found = Prefill(Model(base, pool), [prompt.ids], [RowLora(terms, pool.pin(factors))]).advance(1 << 20)

@@ -17,6 +17,7 @@ from lora_hub_sdk.engine.adapter_file import load_factors
 from lora_hub_sdk.engine.base_model import BaseModel, ModelSettings, load_base_model
 from lora_hub_sdk.engine.batch_lora import RowLora
 from lora_hub_sdk.engine.engine import Engine
+from lora_hub_sdk.engine.fitting import Fitting
 from lora_hub_sdk.engine.forms import Form, choose_form
 from lora_hub_sdk.engine.prompt import PromptEncoder
 from lora_hub_sdk.engine.rank_pool import RankPool
@@ -57,7 +58,8 @@ class Passes:
 
     def __init__(self, base: BaseModel) -> None:
         self._encoder = PromptEncoder(base.tokenizer)
-        self.pool = RankPool(base.groups, base.shapes, dtype=base.dtype, device=base.device, budget_bytes=1 << 28)
+        self._fitting = Fitting(base.modules, embedding=base.embedding)
+        self.pool = RankPool.of(base, 1 << 28)
         self.model = Model(base, self.pool)
 
     def ids(self, prompt: str) -> list[int]:
@@ -82,7 +84,7 @@ class Passes:
         return running.step([token] * len(prompts))
 
     def _row(self, route: Route) -> RowLora:
-        factors = {member.adapter.digest: load_factors(member.adapter) for member in route.members}
+        factors = {member.adapter.digest: self._fitting.fit(load_factors(member.adapter)) for member in route.members}
         terms = terms_of(route, {digest: one.rank for digest, one in factors.items()})
         return RowLora(terms, tuple(row for digest in terms.digests for row in self.pool.pin(factors[digest])))
 

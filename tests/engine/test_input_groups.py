@@ -23,7 +23,7 @@ class Odd(nn.Module):
         self.never, self.twice = nn.Linear(8, 8), nn.Linear(8, 8)
         self.narrow, self.wide = nn.Linear(8, 4), nn.Linear(8, 16)
 
-    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Tensor:
         x = self.twice(self.start(input_ids))
         x = self.twice(x)
         wide: Tensor = self.wide(x)[..., :4] + self.narrow(x)

@@ -64,8 +64,8 @@ class Crowd:
 @pytest.fixture(scope="module")
 def crowd(base: Path, loaded: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Crowd:
     folder = tmp_path_factory.mktemp("crowd")
-    old = adapters_in(folder / "old", base, ADAPTERS)
-    new = adapters_in(folder / "new", base, ADAPTERS // 4, seed=1000)
+    old = adapters_in(folder / "old", base, ADAPTERS, variants=True)
+    new = adapters_in(folder / "new", base, ADAPTERS // 4, seed=1000, variants=True)
     assert [adapter.name for adapter in new] == [adapter.name for adapter in old[: len(new)]]
     pick = random.Random(5)
     requests = [random_request(pick, old) for _ in range(110)] + [random_request(pick, new) for _ in range(30)]

@@ -84,9 +84,7 @@ class Bench:
             for rank in (1, 3, 6)
         ]
         self.factors = {adapter.digest: load_factors(adapter) for adapter in self.adapters}
-        self.pool = RankPool(
-            self.base.groups, self.base.shapes, dtype=self.base.dtype, device=self.base.device, budget_bytes=1 << 24
-        )
+        self.pool = RankPool.of(self.base, 1 << 24)
         self.model = Model(self.base, self.pool)
         self.routes = [
             route_of("selection", (self.adapters[0], 1.0)),
