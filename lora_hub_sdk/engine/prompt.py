@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from lora_hub_sdk.errors import ConfigurationError, PromptTooLongError
@@ -12,7 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: "auto": the tokenizer's chat template where it has one, else the text as it is. None: the text as it is.
-Template = Literal["auto", "chat", "alpaca"] | Callable[[str], str] | None
+#: "adapter": the chat template that the route's first adapter brings, a stranger's program that runs in transformers'
+#: sandbox; as "auto" where it brings none.
+Template = Literal["auto", "chat", "alpaca", "adapter"] | Callable[[str], str] | None
 Overflow = Literal["cut", "refuse"]
 
 #: The form the paper's adapters were trained on (Stanford Alpaca, without an input field).
@@ -33,20 +36,35 @@ class EncodedPrompt:
 class PromptEncoder:
     """Renders and tokenizes prompts for one tokenizer and template.
 
+    Args:
+        own: the adapter's chat template, used with "adapter" alone.
+        rows: how many tokens the model knows.
+
     Raises:
         ConfigurationError: an unknown template, or "chat" for a tokenizer without a chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template = "auto") -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template = "auto",
+        *,
+        own: str | None = None,
+        rows: int | None = None,
+    ) -> None:
         has_chat = bool(tokenizer.chat_template)
         if template == "chat" and not has_chat:
             raise ConfigurationError("template='chat' was asked for, but this tokenizer has no chat template")
-        if not (template in ("auto", "chat", "alpaca", None) or callable(template)):
+        if not (template in ("auto", "chat", "alpaca", "adapter", None) or callable(template)):
             raise ConfigurationError(
-                f"template={template!r} is unknown; use 'auto', 'chat', 'alpaca', None or a function of the text"
+                f"template={template!r} is unknown; use 'auto', 'chat', 'alpaca', 'adapter', None or a function of the "
+                "text"
             )
         self._tokenizer: Any = tokenizer
-        self._template: Template = ("chat" if has_chat else None) if template == "auto" else template
+        self._own, self._rows = own if template == "adapter" else None, rows
+        if template in ("auto", "adapter"):
+            template = "chat" if has_chat or self._own is not None else None
+        self._template: Template = template
 
     def encode(self, text: str, *, limit: int, overflow: Overflow = "cut", row: int = 0) -> EncodedPrompt:
         """Token ids of at most ``limit``.
@@ -56,8 +74,10 @@ class PromptEncoder:
 
         Raises:
             PromptTooLongError: with ``overflow="refuse"``, or when the template alone does not fit.
+            ConfigurationError: a token that the model does not know, or an adapter's template that fails.
         """
         ids = self._render(text)
+        self._check(ids)
         if len(ids) <= limit:
             return EncodedPrompt(tuple(ids))
         if overflow == "refuse":
@@ -80,16 +100,42 @@ class PromptEncoder:
 
     def _render(self, text: str) -> list[int]:
         if self._template == "chat":
-            rendered = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
             # The template writes its own special tokens; adding a second bos would change the answers.
-            return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
+            return list(self._tokenizer(self._in_chat(text), add_special_tokens=False)["input_ids"])
         if self._template == "alpaca":
             text = _ALPACA.format(text=text)
         elif callable(self._template):
             text = self._template(text)
-        return list(self._tokenizer(text)["input_ids"])
+        return self._without_doubles(list(self._tokenizer(text)["input_ids"]), text)
+
+    def _in_chat(self, text: str) -> str:
+        chat = [{"role": "user", "content": text}]
+        apply = partial(self._tokenizer.apply_chat_template, chat, tokenize=False, add_generation_prompt=True)
+        if self._own is None:
+            return str(apply())
+        try:
+            return str(apply(chat_template=self._own))
+        except Exception as error:  # a stranger's program, which may do anything but harm
+            raise ConfigurationError(
+                f"the adapter's own chat template fails ({type(error).__name__}: {str(error)[:200]}); use another one"
+            ) from error
+
+    def _without_doubles(self, ids: list[int], text: str) -> list[int]:
+        """Without a second bos where the text has its own, and without an end mark, after which there is no answer."""
+        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            del ids[0]
+        if eos is not None and eos != bos and ids[-1:] == [eos] and not text.endswith(self._tokenizer.eos_token):
+            del ids[-1]
+        return ids
+
+    def _check(self, ids: list[int]) -> None:
+        if self._rows is not None and ids and max(ids) >= self._rows:
+            token = self._tokenizer.convert_ids_to_tokens(max(ids))
+            raise ConfigurationError(
+                f"the prompt has token {token!r} ({max(ids)}), and the model knows {self._rows} tokens: its folder "
+                "holds another model's tokenizer"
+            )
 
     def _token_starts(self, text: str) -> list[int]:
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

@@ -27,6 +27,7 @@ from lora_hub_sdk.errors import (
 from lora_hub_sdk.registry._card import read_card
 from lora_hub_sdk.registry._hub_cache import HubCache, is_whole
 from lora_hub_sdk.registry.adapter_config import CONFIG_FILE
+from lora_hub_sdk.registry.adapter_tokens import LARGEST, TEMPLATE_FILE, TOKENIZER_FILE
 from lora_hub_sdk.registry.admission import WEIGHTS_FILE, Limits
 
 _log = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class HubSource:
         self._note_pull = note_pull
 
     def pull(self, reference: str | Path, revision: str | None = None, *, lease: ExitStack | None = None) -> Pulled:
-        """Put the configuration, the weights and the card of an adapter on disk.
+        """Put the configuration, the weights, the card and what is said of a tokenizer of an adapter on disk.
 
         A folder that exists is taken as it stands. Everything else is a repository: its revision is resolved
         to a commit, and exactly that commit is downloaded. A commit that is whole in the cache needs no
@@ -243,6 +244,9 @@ class HubSource:
         size = listing.get(WEIGHTS_FILE) or 0
         if size > self._limits.max_bytes:
             raise OutOfBoundsError(repo_id, "size in bytes", size, self._limits.max_bytes)
+        for name in (TOKENIZER_FILE, TEMPLATE_FILE):
+            if (size := listing.get(name) or 0) > LARGEST:
+                raise OutOfBoundsError(repo_id, f"the size of {name} in bytes", size, LARGEST)
         if sha != revision:  # that one is held already
             lease.enter_context(self._cache.lease(repo_id, sha))
         folder = self._cache.snapshot(repo_id, sha)
@@ -250,7 +254,8 @@ class HubSource:
         if self._note_pull is not None and not folder.exists():
             self._note_pull(folder, repo_id, sha)
         # Not snapshot_download: it lists the repository without a time limit; 2.x also hides why that failed.
-        for name in (CARD, CONFIG_FILE, WEIGHTS_FILE):
+        # The weights come last: where they are in the cache, so is what else there was.
+        for name in (CARD, CONFIG_FILE, TOKENIZER_FILE, TEMPLATE_FILE, WEIGHTS_FILE):
             if name in listing:
                 _retried(partial(self._download, repo_id, sha, name, listing), is_unretried_outage)
             else:

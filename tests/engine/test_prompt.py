@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from lora_hub_sdk.engine.prompt import PromptEncoder, Template
 from lora_hub_sdk.errors import ConfigurationError, PromptTooLongError
 from lora_hub_sdk.models import resolve_model
-from lora_hub_sdk.testing import tiny_base
+from lora_hub_sdk.testing import byte_tokenizer, tiny_base
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +99,68 @@ def test_a_template_that_alone_is_too_long_is_an_error(smol: Any) -> None:
 def test_special_tokens_are_added_once_by_templates(tmp_path: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_base(tmp_path / "chatty", chat=True))
     assert tokenizer.decode(PromptEncoder(tokenizer).encode("hi", limit=99).ids) == "<user>hi\n<assistant>"
+
+
+# -- tokenizers of many kinds ------------------------------------------------------------------------------------------
+
+LLAMA = (
+    "{{ bos_token }}{% for message in messages %}[INST] {{ message['content'] }} [/INST]{% endfor %}"
+    "{% if add_generation_prompt %} {% endif %}"
+)
+ZEPHYR = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for message in messages %}<start_of_turn>{{ message['role'] }}\n{{ message['content'] | trim }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("pad", [True, False])
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("template", [LLAMA, ZEPHYR, GEMMA, None])
+def test_a_prompt_has_at_most_one_bos_and_is_what_transformers_makes_of_it(
+    template: str | None, bos: bool, pad: bool
+) -> None:
+    tokenizer = byte_tokenizer(template=template, bos=bos, pad=pad)
+    found = list(PromptEncoder(tokenizer).encode("say it", limit=999).ids)
+    if template is None:
+        expected = tokenizer("say it")["input_ids"]
+    else:
+        chat = [{"role": "user", "content": "say it"}]
+        expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert found == list(expected)
+    writes = template is None or template.startswith("{{ bos_token }}")
+    assert found.count(tokenizer.bos_token_id) == (1 if bos and writes else 0)
+
+
+def test_a_function_that_writes_the_bos_itself_does_not_double_it() -> None:
+    tokenizer = byte_tokenizer(bos=True)
+    own = PromptEncoder(tokenizer, lambda text: f"<bos>[INST] {text} [/INST]").encode("x", limit=99)
+    assert tokenizer.decode(own.ids) == "<bos>[INST] x [/INST]"
+
+
+def test_a_tokenizer_that_ends_each_text_does_not_end_a_prompt() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    assert tokenizer("x")["input_ids"][-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(PromptEncoder(tokenizer, None).encode("x", limit=9).ids) == "x"
+    assert tokenizer.decode(PromptEncoder(tokenizer, None).encode("x<eos>", limit=9).ids).startswith("x<eos>")
+
+
+def test_a_long_prompt_keeps_its_bos() -> None:
+    tokenizer = byte_tokenizer(bos=True)
+    cut = PromptEncoder(tokenizer, None).encode("front " * 50 + "END", limit=10)
+    assert cut.ids[0] == tokenizer.bos_token_id
+    assert len(cut.ids) == 10
+    assert tokenizer.decode(cut.ids).endswith("END")
+
+
+def test_a_token_that_the_model_does_not_know_is_named() -> None:
+    tokenizer = byte_tokenizer(tokens=["<far>"])
+    encoder = PromptEncoder(tokenizer, None, rows=len(tokenizer) - 1)
+    encoder.encode("plain", limit=99)
+    with pytest.raises(ConfigurationError, match=r"'<far>' \(258\), and the model knows 258"):
+        encoder.encode("a <far> cry", limit=99)
