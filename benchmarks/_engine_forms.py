@@ -38,7 +38,7 @@ def measure_forms(model: Model, adapters: Sequence[Adapter], sizes: Sizes) -> Re
     import torch
 
     base = model.load()
-    pool = RankPool(base.groups, base.shapes, dtype=base.dtype, device=base.device, budget_bytes=1 << 40)
+    pool = RankPool.of(base, 1 << 40)
     layers = LoraLayers(base.modules, base.products, pool)
     systems: dict[str, dict[str, float]] = {}
     with torch.inference_mode():

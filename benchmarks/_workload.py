@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 
 from lora_hub_sdk.composition.strategies import get_strategy, route_from_hits
 from lora_hub_sdk.engine.base_model import BaseModel, ModelSettings, load_base_model
-from lora_hub_sdk.engine.shapes import module_shapes
+from lora_hub_sdk.engine.shapes import module_layout
 from lora_hub_sdk.models import ResolvedModel
 from lora_hub_sdk.registry.adapter_config import CONFIG_FILE, read_config_bytes
 from lora_hub_sdk.registry.admission import WEIGHTS_FILE, content_digest
@@ -85,7 +85,7 @@ class Model:
 class IdTokenizer:
     """A text is its token ids in decimal: all systems get exactly the same tokens, and theirs can be compared."""
 
-    chat_template = None
+    chat_template = bos_token_id = eos_token_id = None
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [int(token) for token in text.split()]}
@@ -134,23 +134,34 @@ def endless(base: BaseModel) -> BaseModel:
     return replace(base, eos_ids=frozenset(), tokenizer=cast(Any, IdTokenizer()))
 
 
-def random_adapters(folder: Path, base: Path, count: int, rank: int, *, dtype: str = "float32") -> list[Adapter]:
+def random_adapters(
+    folder: Path, base: Path, count: int, rank: int, *, dtype: str = "float32", **variant: Any
+) -> list[Adapter]:
     """Write ``count`` random LoRAs on all linear layers of the model in ``base``, in PEFT's format.
 
     They hold the same numbers at other places each: drawing and admitting a thousand would take minutes.
+
+    Args:
+        variant: what else they are, as ``tiny_adapter`` takes it.
     """
     from safetensors.torch import load_file, save_file
 
-    first = tiny_adapter(
-        folder / "random-0", base, rank=rank, alpha=_RANDOM_SCALE * rank, modules=(*ATTENTION, *MLP), dtype=dtype
-    )
-    admitted = unregistered(first, module_shapes(base), id=0)
-    tensors, config = load_file(first / WEIGHTS_FILE), read_config_bytes(first, first.name)
+    asked: dict[str, Any] = {"alpha": _RANDOM_SCALE * rank, "modules": (*ATTENTION, *MLP)} | variant
+    first = tiny_adapter(folder / "random-0", base, rank=rank, dtype=dtype, **asked)
+    config = read_config_bytes(first, first.name)
+    # PEFT stores the base's embedding beside factors for it, which would be most of the bytes.
+    tensors = {key: one for key, one in load_file(first / WEIGHTS_FILE).items() if ".base_layer." not in key}
+    save_file(tensors, first / WEIGHTS_FILE, metadata={"format": "pt"})
+    admitted = unregistered(first, module_layout(base), id=0)
     found = [admitted]
     for number in range(1, count):
         own = folder / f"random-{number}"
         own.mkdir()
-        turned = {key: tensor.roll(number * _TURN) for key, tensor in tensors.items()}
+        # Magnitudes and whole modules have to stay near the base's.
+        turned = {
+            key: tensor.roll(number * _TURN) if ".lora_A" in key or ".lora_B" in key or ".lora_emb" in key else tensor
+            for key, tensor in tensors.items()
+        }
         save_file(turned, own / WEIGHTS_FILE, metadata={"format": "pt"})
         (own / CONFIG_FILE).write_bytes(config)
         digest = content_digest(config, (own / WEIGHTS_FILE).read_bytes())
@@ -168,9 +179,9 @@ def adapters_in(parent: Path, base: Path) -> list[Adapter]:
     Raises:
         AdmissionError: a folder holds no adapter of this base model.
     """
-    shapes = module_shapes(base)
+    layout = module_layout(base)
     folders = sorted(path.parent for path in parent.glob(f"*/{CONFIG_FILE}"))
-    return [unregistered(folder, shapes, id=place) for place, folder in enumerate(folders)]
+    return [unregistered(folder, layout, id=place) for place, folder in enumerate(folders)]
 
 
 def build_workload(adapters: Sequence[Adapter], sizes: Sizes, vocabulary: int, *, seed: int = 0) -> Workload:

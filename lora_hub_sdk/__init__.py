@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from langchain_lora_hub import LoraRetrieverLLM
 
+    from lora_hub_sdk.composition.export import Exported
+    from lora_hub_sdk.composition.ramole import Ramole
     from lora_hub_sdk.engine.base_model import ModelSettings
+    from lora_hub_sdk.engine.gate_training import GateReport, GateTrainer
     from lora_hub_sdk.engine.metrics import EngineStats
     from lora_hub_sdk.engine.scheduler import EngineLimits
     from lora_hub_sdk.engine.settings import EngineSettings
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
         Usage,
     )
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 __all__ = [
     "Adapter",
     "AdapterRequest",
@@ -53,6 +56,9 @@ __all__ = [
     "EngineStats",
     "Evaluation",
     "Event",
+    "Exported",
+    "GateReport",
+    "GateTrainer",
     "Hit",
     "Limits",
     "LoraHub",
@@ -63,6 +69,7 @@ __all__ = [
     "ModelSettings",
     "Plan",
     "Question",
+    "Ramole",
     "RegisterOutcome",
     "RetrieverTrainer",
     "Route",
@@ -102,7 +109,10 @@ _HOME: Final = {
     "EngineLimits": "lora_hub_sdk.engine.scheduler",
     "EngineSettings": "lora_hub_sdk.engine.settings",
     "EngineStats": "lora_hub_sdk.engine.metrics",
+    "Exported": "lora_hub_sdk.composition.export",
     "Limits": "lora_hub_sdk.registry.admission",
+    **dict.fromkeys(("GateReport", "GateTrainer"), "lora_hub_sdk.engine.gate_training"),
+    "Ramole": "lora_hub_sdk.composition.ramole",
     "LoraHub": "lora_hub_sdk.hub",
     "LoraHubError": "lora_hub_sdk.errors",
     "ModelSettings": "lora_hub_sdk.engine.base_model",

@@ -5,25 +5,27 @@ from __future__ import annotations
 import getpass
 import os
 import threading
-from collections.abc import AsyncGenerator, Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
+from weakref import WeakKeyDictionary
 
 from lora_hub_sdk.composition.desk import RoutingDesk
 from lora_hub_sdk.composition.router import Router
-from lora_hub_sdk.engine.call import Call
-from lora_hub_sdk.engine.engines import Engines
+from lora_hub_sdk.engine.call import Call, all_or_none, check_timeout, places_by_base, run_aside
+from lora_hub_sdk.engine.engines import Engines, Making
 from lora_hub_sdk.engine.settings import EngineSettings
 from lora_hub_sdk.errors import AdapterChangedError, ConfigurationError, LoraHubError
 from lora_hub_sdk.intake import AdapterRequest, Intake, Reference, RegisterOutcome
 from lora_hub_sdk.models import BaseModels
-from lora_hub_sdk.registry.admission import Limits, ModuleShapes
+from lora_hub_sdk.registry.admission import Limits
 from lora_hub_sdk.registry.card_samples import card_samples
 from lora_hub_sdk.registry.follower import Progress, Verification
 from lora_hub_sdk.registry.gc import Freed, collect
+from lora_hub_sdk.registry.layout import BaseLayout
 from lora_hub_sdk.registry.registry import Registry
 from lora_hub_sdk.registry.source import HubSource
 from lora_hub_sdk.retriever.active import ActiveEncoder
@@ -51,9 +53,13 @@ from lora_hub_sdk.types import (
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+    from lora_hub_sdk.composition.export import Exported
+    from lora_hub_sdk.composition.ramole import Ramole
+    from lora_hub_sdk.composition.weight_fitting import WeightFit
     from lora_hub_sdk.engine.adapter_file import Unverified
     from lora_hub_sdk.engine.base_model import ModelSettings
     from lora_hub_sdk.engine.engine import Engine
+    from lora_hub_sdk.engine.gate_training import GateReport, GateRows
     from lora_hub_sdk.engine.metrics import EngineStats
     from lora_hub_sdk.engine.prompt import Overflow, Template
     from lora_hub_sdk.registry.discovery import Candidate
@@ -104,7 +110,7 @@ class LoraHub:
         actor: who is written into the events; the user of this process where nobody is named.
         rerank: whether searches put the 50 nearest adapters in order by their samples' words too; None is what the
             encoder's settings say: yes for those that ``train_retriever`` made, no for others.
-        engines: how much each engine may hold and run at once.
+        engines: how much each engine may hold and run at once, and how much memory all base models may take.
 
     Raises:
         SchemaError: the database is of another version, or no registry.
@@ -153,7 +159,7 @@ class LoraHub:
             self._source,
             self._bases,
             encoder=lambda: self.encoder,
-            shapes=self._shapes_of,
+            layouts=self._layout_of,
             limits=limits or Limits(),
             card_samples=lambda pulled: card_samples(
                 pulled.folder,
@@ -165,13 +171,17 @@ class LoraHub:
         )
         self._router = Router(self._registry, self._retriever)
         self._desk = RoutingDesk(self._routed)
-        #: The canonical name of each base model that prompts were routed for, by what it was called.
-        self._named: dict[str, str] = {}
+        #: What base models were called by callers who asked for them, by their canonical names.
+        self._called: dict[str, Reference] = {}
         self._engine_settings = engines or EngineSettings()
-        self._engines = Engines()
+        self._engines = Engines(self._engine_settings.base_bytes)
+        #: By canonical name of the base model.
+        self._gates: dict[str, Ramole] = {}
+        #: Every engine that is still somewhere, by the canonical name of its base model.
+        self._made: WeakKeyDictionary[Engine, str] = WeakKeyDictionary()
         #: Digests of the contents that engines read.
         self._read: set[str] = set()
-        self._shapes: dict[str, ModuleShapes] = {}
+        self._layouts: dict[str, BaseLayout] = {}
         self._closed = False
 
     # -- what adapters exist ----------------------------------------------------------------------------------------
@@ -577,10 +587,13 @@ class LoraHub:
         self,
         prompts: Sequence[str],
         *,
-        base_model: Reference,
+        base_model: Reference | None = None,
         routing: Routing | Sequence[Routing] | None = None,
     ) -> Routes:
         """How each prompt would be answered, without answering; ``routing`` is one for all prompts, or one for each.
+
+        Without a base model, each prompt takes the one of its nearest adapter among all of ``Routing.bases`` (those
+        below ``min_score`` come last), and its route is made of adapters for that base alone.
 
         Raises:
             UnknownStrategyError, ConfigurationError: options that make no sense.
@@ -590,6 +603,54 @@ class LoraHub:
             EmptyPromptError: a prompt without text.
         """
         return self._routes(Call.of(prompts, base_model, routing))
+
+    def export(
+        self,
+        route: Route | Mapping[str, float],
+        path: Reference,
+        *,
+        rank: int | None = None,
+        dtype: str | None = None,
+        strategy: str = "mixture",
+        namespace: str = DEFAULT_NAMESPACE,
+        settings: ModelSettings | None = None,
+    ) -> Exported:
+        """Save what a route's adapters do together as one standard PEFT adapter, for PEFT, vLLM or LoRAX.
+
+        It answers as the route does: exactly, by its members' ranks side by side, or cut to ``rank``, with the error
+        told. PiSSA and OLoRA members become plain LoRA for it. An adapter alone that no LoRA equals (DoRA,
+        modules_to_save) is copied. The base model is loaded only for these variants.
+
+        Args:
+            route: of ``hub.route`` or of a completion's trace; or adapters' names and weights.
+            path: a new or empty folder; it appears as a whole or not at all.
+            rank: the largest rank of the result; None for the exact one, whose rank is the sum of its members'.
+            dtype: "float32" unless "bfloat16" or "float16" is given; rounding counts in the error.
+            strategy: how named adapters combine, "mixture" or "fusion".
+            namespace: where names are looked up.
+            settings: how the base model is loaded where that is needed.
+
+        Raises:
+            UnsupportedRouteError: no one adapter does what the route does: a gate weighs each token, DoRA (without a
+                rank) or modules_to_save beside others, or there is no adapter in it.
+            ConfigurationError: a rank, dtype or strategy that cannot be, or a path that holds something.
+            AdapterNotFoundError, RetiredError: of a name.
+            AdapterChangedError: files that are no longer what was registered.
+        """
+        from lora_hub_sdk.composition.export import export_route, weighed_route
+        from lora_hub_sdk.engine.for_export import BaseForExport
+
+        if not isinstance(route, Route):
+            route = weighed_route(route, partial(self._registry.in_service, namespace=namespace), strategy)
+        return export_route(
+            route,
+            path,
+            layout=self._layout_of,
+            read=self._proven,
+            base=lambda name: BaseForExport(self.engine(name, settings).base),
+            rank=rank,
+            dtype=dtype,
+        )
 
     def train_retriever(
         self,
@@ -653,7 +714,51 @@ class LoraHub:
             skipped=active - len(tasks),
             seed=seed,
         )
-        self._registry.keep_fit_rule(namespace, encoder.fingerprint, found.rule.as_text())
+        self._registry.keep_rule("fit-rule", namespace, encoder.fingerprint, found.rule.as_text())
+        return found
+
+    def fit_weights(
+        self,
+        *,
+        k: int = 3,
+        questions: Sequence[Question] = (),
+        namespace: str = DEFAULT_NAMESPACE,
+        trained: Iterable[str] = (),
+        rerank: bool | None = None,
+        seed: int = 0,
+    ) -> WeightFit:
+        """Learn from the kept samples how hits are weighed, and keep it for ``weights="fitted"``, "sparse" and "gate".
+
+        Each sample searches, left out of its adapter, and the weights that this adapter gets are made as likely as
+        they can be. It holds for one namespace and the current encoder, in every process, until it is done again:
+        after many adapters came or went, and after the encoder was switched.
+
+        Args:
+            k: how many adapters a route will have; others work too.
+            questions: prompts to search with too, each with the name of the adapter that is right for it; those of one
+                text may name several.
+            trained: names of adapters whose samples the encoder was trained on.
+            rerank: whether routes will be reranked by their words; by default as in searches.
+            seed: of the folds, the bootstrap, and the draws in a large registry.
+
+        Raises:
+            SamplesError: no two adapters for one base model have samples that were kept.
+            ConfigurationError: a k below 1, or a question for an adapter without kept samples.
+        """
+        from lora_hub_sdk.composition.weight_fitting import fit_weights_encoder
+
+        encoder = self.encoder
+        found = fit_weights_encoder(
+            encoder,
+            tasks_of(self, namespace),
+            {one.name: one for one in self.list(namespace=namespace) if one.state == "active"},
+            k=k,
+            questions=questions,
+            rerank=self._retriever.reranks if rerank is None else rerank,
+            trained=frozenset(names_of("trained", trained)),
+            seed=seed,
+        )
+        self._registry.keep_rule("weights", namespace, encoder.fingerprint, found.rule.as_text())
         return found
 
     def evaluate_retriever(
@@ -695,13 +800,83 @@ class LoraHub:
             seed=seed,
         )
 
+    # -- gates --------------------------------------------------------------------------------------------------------
+
+    def train_gate(
+        self,
+        *,
+        base_model: Reference,
+        output: Reference,
+        fraction: float = 1.0,
+        rows: GateRows | None = None,
+        namespace: str = DEFAULT_NAMESPACE,
+        **recipe: Any,
+    ) -> GateReport:
+        """Train a RAMoLE gate for strategy "ramole" and write it as one file; ``use_gate`` then answers with it.
+
+        Args:
+            base_model: whose adapters in service are trained on; neither they nor it are changed.
+            output: a new file. A training that was killed goes on when it is called again.
+            fraction: the share of the adapters that is trained on; the others stay unseen, to measure with.
+            rows: ``{"inputs", "targets", "adapter"}`` each, or a file of such JSON lines. None takes the registry's
+                samples, with each adapter's own answers as targets.
+            recipe: what ``GateTrainer`` is made with: width, seed, steps, settings and so on.
+
+        Raises:
+            SamplesError: fewer than two adapters that a gate can weigh and that have rows.
+            ConfigurationError: a setting that makes no sense, or a file of something else.
+            As ``engine``.
+        """
+        from lora_hub_sdk.engine.gate_training import GateTrainer
+
+        trainer = GateTrainer(**recipe)
+        return trainer.fit(
+            self, base_model=base_model, output=output, fraction=fraction, rows=rows, namespace=namespace
+        )
+
+    def use_gate(self, gate: Reference | Ramole | None, *, base_model: Reference | None = None) -> Ramole | None:
+        """Answer routes of strategy "ramole" over a base model with a gate; None takes it away again.
+
+        It holds for this hub: for its engines that are loaded, and those that will be.
+
+        Args:
+            gate: what ``train_gate`` wrote.
+            base_model: by default the one that the gate was trained for.
+
+        Raises:
+            ConfigurationError: the file is no gate, or one for another base model; None without a base model.
+            ModelNotFoundError: nobody has the base model's configuration.
+        """
+        from lora_hub_sdk.composition.ramole import Ramole
+
+        chosen = gate if gate is None or isinstance(gate, Ramole) else Ramole.load(gate)
+        if base_model is None and chosen is None:
+            raise ConfigurationError("gate=None: name the base model that shall be without one")
+        name = self._base_name(base_model or (chosen.base_model if chosen else ""))
+        if chosen is not None:
+            chosen.check_fits(self._layout_of(name).linears)
+        with self._lock:
+            if chosen is None:
+                self._gates.pop(name, None)
+            else:
+                self._gates[name] = chosen
+            for engine in [engine for engine, of in self._made.items() if of == name]:
+                engine.use_gate(chosen)
+        return chosen
+
+    @property
+    def gates(self) -> dict[str, Ramole]:
+        """The gates in use, by canonical name of the base model."""
+        with self._lock:
+            return dict(self._gates)
+
     # -- how text comes out -------------------------------------------------------------------------------------------
 
     def generate(
         self,
         prompts: Sequence[str],
         *,
-        base_model: Reference,
+        base_model: Reference | None = None,
         routing: Routing | Sequence[Routing] | None = None,
         sampling: Sampling | Sequence[Sampling] | None = None,
         template: Template = "auto",
@@ -714,7 +889,9 @@ class LoraHub:
         Calls from any number of threads and asyncio tasks share the engine's batches.
 
         Args:
-            base_model: a folder, a Hub id, or the embedded "smollm2-135m-instruct".
+            base_model: a folder, a Hub id, or the embedded "smollm2-135m-instruct". None leaves it to each prompt's
+                nearest adapter, as ``route`` does; several base models answer side by side, and each completion's
+                trace tells which it was.
             routing: which adapters, and how they combine, for all prompts or for each; by default a uniform mixture of
                 the three nearest.
             sampling: how tokens are chosen, for all prompts or for each; by default greedily, at most 128.
@@ -731,15 +908,17 @@ class LoraHub:
         call = Call.of(prompts, base_model, routing, sampling, timeout_s, template, overflow)
         if not prompts:
             return []
-        routes = self._routes(call)
-        engine = self._engine_of(call, settings)
-        return engine.generate(call.requests(routes))
+        routes = self._routes(call, _settings(settings))
+        if len(places_by_base(routes)) > 1:
+            return run_aside(lambda: self._answers(call, routes, settings))
+        making = self._making(call.base_model, routes[0].base_model, settings)
+        return self._engines.use(making, lambda engine: engine.generate(call.requests(routes)), call.left_s)
 
     async def agenerate(
         self,
         prompts: Sequence[str],
         *,
-        base_model: Reference,
+        base_model: Reference | None = None,
         routing: Routing | Sequence[Routing] | None = None,
         sampling: Sampling | Sequence[Sampling] | None = None,
         template: Template = "auto",
@@ -751,15 +930,14 @@ class LoraHub:
         call = Call.of(prompts, base_model, routing, sampling, timeout_s, template, overflow)
         if not prompts:
             return []
-        routes = await self._aroutes(call)
-        engine = await self._aengine_of(call, settings)
-        return await engine.agenerate(call.requests(routes))
+        routes = await self._aroutes(call, _settings(settings))
+        return await self._answers(call, routes, settings)
 
     def stream(
         self,
         prompt: str,
         *,
-        base_model: Reference,
+        base_model: Reference | None = None,
         routing: Routing | None = None,
         sampling: Sampling | None = None,
         template: Template = "auto",
@@ -772,15 +950,19 @@ class LoraHub:
         Closing the iterator before its end gives the prompt up.
         """
         call = Call.of([prompt], base_model, routing, sampling, timeout_s, template, overflow)
-        routes = self._routes(call)
-        engine = self._engine_of(call, settings)
-        yield from engine.stream(*call.requests(routes))
+        routes = self._routes(call, _settings(settings))
+        making = self._making(call.base_model, routes[0].base_model, settings)
+        # The engine is not kept for those who read slowly: what it was handed it answers before it goes.
+        ticket = self._engines.use(
+            making, lambda engine: engine.submit(*call.requests(routes), stream=True), call.left_s
+        )
+        yield from ticket.pieces()
 
     async def astream(
         self,
         prompt: str,
         *,
-        base_model: Reference,
+        base_model: Reference | None = None,
         routing: Routing | None = None,
         sampling: Sampling | None = None,
         template: Template = "auto",
@@ -790,26 +972,50 @@ class LoraHub:
     ) -> AsyncGenerator[str | Completion]:
         """As ``stream``, without ever blocking the event loop. Cancelling the task that reads gives the prompt up."""
         call = Call.of([prompt], base_model, routing, sampling, timeout_s, template, overflow)
-        routes = await self._aroutes(call)
-        engine = await self._aengine_of(call, settings)
-        async with aclosing(engine.astream(*call.requests(routes))) as pieces:
+        routes = await self._aroutes(call, _settings(settings))
+        making = self._making(call.base_model, routes[0].base_model, settings)
+        ticket = await self._engines.ause(
+            making, lambda engine: engine.asubmit(*call.requests(routes), stream=True), call.left_s
+        )
+        async with aclosing(ticket.apieces()) as pieces:
             async for piece in pieces:
                 yield piece
 
     def engine(self, base_model: Reference, settings: ModelSettings | None = None) -> Engine:
         """The engine of a base model; loaded on the first call, shared by all later ones with the same settings.
 
-        Engines that are loaded already go on answering meanwhile.
+        Engines that are loaded already go on answering meanwhile. Where ``EngineSettings.base_bytes`` has no room for
+        all, one that has nothing to do may be unloaded; then ask for it again.
 
         Raises:
             ModelNotFoundError: no source has the model.
-            ConfigurationError: settings that this machine cannot serve.
+            ConfigurationError: settings that this machine cannot serve, or a model larger than ``base_bytes``.
             EngineClosedError: the hub was closed.
         """
-        return self._engines.get(*self._making(base_model, self._base_name(base_model), settings))
+        return self._engines.use(self._making(base_model, self._base_name(base_model), settings), lambda engine: engine)
+
+    def unload(self, base_model: Reference, *, timeout_s: float | None = None) -> bool:
+        """Free a base model's memory, once its engines have answered what they were handed.
+
+        Whoever asks for it after that has it loaded again. ``False``: it was not loaded.
+
+        Raises:
+            DeadlineExceededError: it took longer than ``timeout_s``; it is unloaded as soon as all is answered.
+        """
+        check_timeout(timeout_s)
+        return self._engines.unload(self._base_name(base_model), timeout_s)
+
+    def loaded_bases(self, settings: ModelSettings | None = None) -> tuple[str, ...]:
+        """The canonical names of the base models that have an engine, with any settings or with these."""
+        keys = self._engines.staying()
+        return tuple(sorted({name for name, loaded in keys if settings is None or loaded == settings}))
+
+    def base_models(self) -> Names:
+        """The canonical names of the base models that adapters are registered for."""
+        return sorted(self._registry.base_models())
 
     def stats(self) -> Stats:
-        """What each engine did and holds, for a person to read."""
+        """What each loaded engine did and holds, for a person to read."""
         return [engine.stats() for engine in self._engines.loaded()]
 
     def metrics(self) -> str:
@@ -842,58 +1048,88 @@ class LoraHub:
 
     # -- private ------------------------------------------------------------------------------------------------------
 
-    def _routed(self, prompts: Sequence[str], base_model: Reference, routing: Routing) -> Routes:
+    def _routed(self, prompts: Sequence[str], base_model: Reference | None, routing: Routing) -> Routes:
         """What the desk's threads do."""
         name = self._base_name(base_model)
-        routes = self._router.route(prompts, name, routing)
-        self._named[os.fspath(base_model)] = name
-        return routes
+        if name is not None and base_model is not None:
+            self._called[name] = base_model
+        if routing.bases is not None:
+            # Not under the names that they were given, as a folder may be a model of the Hub.
+            routing = replace(routing, bases=tuple(self._base_name(base) for base in routing.bases))
+        return self._router.route(prompts, name, routing)
 
-    def _routes(self, call: Call) -> Routes:
+    def _routes(self, call: Call, settings: ModelSettings | None = None) -> Routes:
         found: dict[int, Route] = {}
         for routing, places in call.groups():
-            asked = [call.prompts[place] for place in places]
-            routes = self._desk.route(asked, call.base_model, routing, timeout_s=call.left_s)
+            asked, routing = [call.prompts[place] for place in places], self._with_loaded(routing, settings)
+            routes = self._desk.route(asked, call.base_model, routing, timeout_s=call.left_s())
             found.update(zip(places, routes, strict=True))
         return [found[place] for place in range(len(call.prompts))]
 
-    async def _aroutes(self, call: Call) -> Routes:
+    async def _aroutes(self, call: Call, settings: ModelSettings | None = None) -> Routes:
         found: dict[int, Route] = {}
         for routing, places in call.groups():
-            asked = [call.prompts[place] for place in places]
-            routes = await self._desk.aroute(asked, call.base_model, routing, timeout_s=call.left_s)
+            asked, routing = [call.prompts[place] for place in places], self._with_loaded(routing, settings)
+            routes = await self._desk.aroute(asked, call.base_model, routing, timeout_s=call.left_s())
             found.update(zip(places, routes, strict=True))
         return [found[place] for place in range(len(call.prompts))]
 
-    def _engine_of(self, call: Call, settings: ModelSettings | None) -> Engine:
-        key, make = self._making(call.base_model, self._named[os.fspath(call.base_model)], settings)
-        return self._engines.get(key, make, call.left_s)
+    def _with_loaded(self, routing: Routing, settings: ModelSettings | None) -> Routing:
+        """With the names of the loaded base models where "loaded" stands for them."""
+        if routing.bases != "loaded":
+            return routing
+        bases = self.loaded_bases(settings)
+        if not bases:
+            how = "" if settings is None else f" with {settings}"
+            raise ConfigurationError(
+                f'bases="loaded": no base model is loaded{how}; load one with hub.engine(base_model), name some, or '
+                "leave bases=None for all"
+            )
+        return replace(routing, bases=bases)
 
-    async def _aengine_of(self, call: Call, settings: ModelSettings | None) -> Engine:
-        key, make = self._making(call.base_model, self._named[os.fspath(call.base_model)], settings)
-        return await self._engines.aget(key, make, call.left_s)
+    async def _answers(self, call: Call, routes: Routes, settings: ModelSettings | None) -> Completions:
+        """Of each base model's engine, side by side."""
+        groups = places_by_base(routes)
 
-    def _making(
-        self, base_model: Reference, name: str, settings: ModelSettings | None
-    ) -> tuple[tuple[str, ModelSettings], Callable[[], Engine]]:
-        """Under which key an engine is held, and how it is made."""
-        from lora_hub_sdk.engine.base_model import ModelSettings
+        def answered(name: str, places: Sequence[int]) -> Coroutine[Any, Any, Completions]:
+            making = self._making(call.base_model, name, settings)
+            return self._engines.ause(
+                making, lambda engine: engine.agenerate(call.requests(routes, places)), call.left_s
+            )
 
-        key = (name, settings or ModelSettings())
-        return key, partial(self._make_engine, base_model, key[1])
+        parts = await all_or_none(answered(name, places) for name, places in groups.items())
+        found: dict[int, Completion] = {}
+        for places, completions in zip(groups.values(), parts, strict=True):
+            found.update(zip(places, completions, strict=True))
+        return [found[place] for place in range(len(routes))]
 
-    def _make_engine(self, base_model: Reference, settings: ModelSettings) -> Engine:
+    def _making(self, base_model: Reference | None, name: str, settings: ModelSettings | None) -> Making:
+        """The engine of a base model by its canonical name, loaded from what the caller calls it, or called it last."""
+        from lora_hub_sdk.engine.base_size import estimated_bytes
+
+        called, chosen = base_model or self._called.get(name, name), _settings(settings)
+        return Making(
+            (name, chosen),
+            partial(self._make_engine, called, name, chosen),
+            lambda: estimated_bytes(self._bases.resolve(called).folder, chosen),
+        )
+
+    def _make_engine(self, base_model: Reference, name: str, settings: ModelSettings) -> Engine:
         from lora_hub_sdk.engine.base_model import load_base_model
         from lora_hub_sdk.engine.engine import Engine
 
         chosen = self._engine_settings
-        return Engine(
+        engine = Engine(
             load_base_model(self._bases.resolve(base_model), settings),
             limits=chosen.limits,
             host_bytes=chosen.host_bytes,
             device_bytes=chosen.device_bytes,
             load=self._factors_of,
         )
+        with self._lock:
+            self._made[engine] = name
+            engine.use_gate(self._gates.get(name))
+        return engine
 
     def _forget_unregistered(self, digests: Collection[str]) -> None:
         """Have the engines forget those of some contents that no adapter has any more."""
@@ -929,12 +1165,24 @@ class LoraHub:
                     raise AdapterChangedError(f"{error}; pulling it again failed: {why}") from why
                 return open_factors(replace(adapter, folder=pulled.folder))
 
-    def _shapes_of(self, base: str) -> ModuleShapes:
-        from lora_hub_sdk.engine.shapes import module_shapes
+    def _proven(self, adapter: Adapter) -> Unverified:
+        """As ``_factors_of``, and verified."""
+        content = self._factors_of(adapter)
+        content.verify()
+        return content
 
-        if base not in self._shapes:
-            self._shapes[base] = module_shapes(self._bases.resolve(base, config_only=True).folder)
-        return self._shapes[base]
+    def _layout_of(self, base: str) -> BaseLayout:
+        from lora_hub_sdk.engine.shapes import module_layout
+
+        if base not in self._layouts:
+            self._layouts[base] = module_layout(self._bases.resolve(base, config_only=True).folder)
+        return self._layouts[base]
+
+
+def _settings(given: ModelSettings | None) -> ModelSettings:
+    from lora_hub_sdk.engine.base_model import ModelSettings
+
+    return given or ModelSettings()
 
 
 def _user() -> str:

@@ -24,9 +24,11 @@ from lora_hub_sdk.errors import (
 from lora_hub_sdk.models import BaseModels
 from lora_hub_sdk.registry._card import read_card
 from lora_hub_sdk.registry.adapter_config import AdapterConfig, read_adapter_config
-from lora_hub_sdk.registry.admission import Admitted, Limits, ModuleShapes, admit, check_base_model
+from lora_hub_sdk.registry.adapter_tokens import check_tokens
+from lora_hub_sdk.registry.admission import Admitted, Limits, admit, check_base_model
 from lora_hub_sdk.registry.card_samples import CardSamples
 from lora_hub_sdk.registry.inspection import Inspection, inspect_adapter
+from lora_hub_sdk.registry.layout import BaseLayout
 from lora_hub_sdk.registry.records import Registration, Representation
 from lora_hub_sdk.registry.registry import Registry
 from lora_hub_sdk.registry.source import CARD, HubSource, Pulled
@@ -108,7 +110,7 @@ class Intake:
 
     Args:
         encoder: gives the encoder when something has to be embedded.
-        shapes: gives the module shapes of a base model.
+        layouts: gives the layout of a base model.
         card_samples: gives the examples that a pulled adapter's card shows or points to.
     """
 
@@ -119,7 +121,7 @@ class Intake:
         bases: BaseModels,
         *,
         encoder: Callable[[], Encoder],
-        shapes: Callable[[str], ModuleShapes],
+        layouts: Callable[[str], BaseLayout],
         limits: Limits,
         card_samples: Callable[[Pulled], CardSamples],
     ) -> None:
@@ -127,7 +129,7 @@ class Intake:
         self._source = source
         self._bases = bases
         self._encoder = encoder
-        self._shapes = shapes
+        self._layouts = layouts
         self._limits = limits
         self._card_samples = card_samples
 
@@ -241,12 +243,19 @@ class Intake:
             try:
                 config = read_adapter_config(pulled.folder, label)
             except AdmissionError:  # the report tells why
-                shapes: ModuleShapes = {}
+                layout = BaseLayout()
+                base = ""
             else:
-                shapes = self._shapes(self._base_of(config, base_model, label))
+                base = self._base_of(config, base_model, label)
+                layout = self._layouts(base)
             report = inspect_adapter(
-                pulled.folder, source=label, shapes=shapes, limits=self._limits, pickle_files=pulled.pickle_files
+                pulled.folder, source=label, layout=layout, limits=self._limits, pickle_files=pulled.pickle_files
             )
+            if report.accepted:
+                try:
+                    check_tokens(pulled.folder, partial(self._base_folder, base), label)
+                except AdmissionError as error:
+                    report = _refused(report, error)
             return replace(report, repo_id=pulled.repo_id, revision=pulled.revision)
 
     def _checked(
@@ -259,11 +268,15 @@ class Intake:
         admitted = admit(
             pulled.folder,
             source=label,
-            shapes=self._shapes(base),
+            layout=self._layouts(base),
             pickle_files=pulled.pickle_files,
             limits=self._limits,
         )
+        check_tokens(pulled.folder, partial(self._base_folder, base), label)
         return _Candidate(pulled, admitted, base)
+
+    def _base_folder(self, base: str) -> Path:
+        return self._bases.resolve(base, config_only=True).folder
 
     def _base_of(self, config: AdapterConfig, asked: Reference | None, label: str) -> str:
         """The canonical name of an adapter's base, which must be the one asked for."""
@@ -333,6 +346,15 @@ class Intake:
         base, folder = candidate.base_model, pulled.folder
         vector = guessed(self._registry, encoder, base, request.namespace, folder, text, label)
         return of(vector, origin="guess")
+
+
+def _refused(report: Inspection, error: AdmissionError) -> Inspection:
+    """A report on an adapter that was found good until then, and whose tokenizer is not."""
+    checks = tuple(
+        replace(check, passed=False, detail=error.problem) if check.name == "features" else check
+        for check in report.checks
+    )
+    return replace(report, accepted=False, error=type(error).__name__, message=str(error), checks=checks)
 
 
 def _typed(reference: Reference) -> str | Path:

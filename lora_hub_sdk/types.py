@@ -11,8 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final, Literal, TypedDict
 
-#: Where a route's adapters are averaged: in the outputs of each layer, or in the parameters A and B.
-Averaged = Literal["outputs", "parameters"]
+#: Where a route's adapters are averaged: in the outputs of each layer, in the parameters A and B, or in the outputs
+#: with weights that a trained gate finds for each token and layer.
+Averaged = Literal["outputs", "parameters", "tokens"]
 #: Where adapters are registered and searched unless a caller says otherwise.
 DEFAULT_NAMESPACE: Final = "default"
 FinishReason = Literal["stop", "length"]
@@ -105,7 +106,7 @@ class AdapterFilter:
     """Which adapters a search may return; ``base_model`` in canonical spelling.
 
     ``tags``: those that carry all of them; ``licenses``: one of them; ``exclude``: none of these names; ``scores``: all
-    of them; ``min_trust``: vectors of at least that origin.
+    of them; ``min_trust``: vectors of at least that origin; ``bases``: for one of these base models.
     """
 
     namespace: str = DEFAULT_NAMESPACE
@@ -115,6 +116,7 @@ class AdapterFilter:
     exclude: tuple[str, ...] = ()
     scores: tuple[MinScore, ...] = ()
     min_trust: Trust = "low"
+    bases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +161,15 @@ class RouteDict(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """How one prompt is answered. No members means: the base model answers, and that was asked for."""
+    """How one prompt is answered. No members means: the base model answers, and that was asked for.
+
+    ``base_model`` is the canonical name of the model that answers; routes that were made by hand may leave it out.
+    """
 
     strategy: str
     averaged: Averaged
     members: tuple[Member, ...] = ()
+    base_model: str = field(default="", compare=False)
 
     def as_dict(self) -> RouteDict:
         """The stable form shown to users, as in LangChain's ``generation_info["route"]``."""
@@ -190,6 +196,10 @@ class Routing:
     ``min_score`` drops hits below that cosine; a prompt that keeps none is answered by the base model. "auto" drops
     what does not fit by the bound that ``hub.calibrate`` found, which also goes by shared words.
     ``rerank``: whether the nearest come in the order of their words too; None leaves it to the hub.
+    ``bases``: where no base model is asked for, those of which each prompt takes the one of its nearest adapter: by
+    name, "loaded" for those that have an engine, or None for all.
+    ``weights``: "uniform", "similarity", or "fitted", "sparse" or "gate" as ``hub.fit_weights`` found them.
+    ``adapter_weights``: one for each of ``adapters``, any finite numbers; None weighs these alike.
     """
 
     strategy: str = "mixture"
@@ -204,11 +214,15 @@ class Routing:
     scores: tuple[MinScore, ...] = ()
     min_trust: Trust = "low"
     rerank: bool | None = None
+    bases: tuple[str, ...] | Literal["loaded"] | None = None
+    adapter_weights: tuple[float, ...] | None = None
 
-    def allowed(self, base_model: str) -> AdapterFilter:
-        """The adapters that a search for a route may return."""
+    def allowed(self, base_model: str | None) -> AdapterFilter:
+        """The adapters that a search for a route may return; without a base model, those for any of ``bases``."""
+        assert self.bases != "loaded", "whoever knows the engines has put their names here"
+        bases = () if base_model is not None or self.bases is None else tuple(self.bases)
         return AdapterFilter(
-            self.namespace, base_model, self.tags, self.licenses, self.exclude, self.scores, self.min_trust
+            self.namespace, base_model, self.tags, self.licenses, self.exclude, self.scores, self.min_trust, bases
         )
 
 
@@ -291,6 +305,11 @@ class Trace:
     truncated_tokens: int = 0
     timing: Timing | None = field(default=None, compare=False)
     tiers: tuple[Tier, ...] = field(default=(), compare=False)
+
+    @property
+    def base_model(self) -> str:
+        """The canonical name of the model that answered; empty where the route was made by hand and names none."""
+        return self.route.base_model
 
 
 @dataclass(frozen=True, slots=True)

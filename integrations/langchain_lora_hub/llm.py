@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, closing
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -16,6 +16,7 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import get_config_list
 from pydantic import ConfigDict, Field, PrivateAttr
 
+from lora_hub_sdk.composition.router import check_base
 from lora_hub_sdk.composition.strategies import check_routing
 from lora_hub_sdk.engine.base_model import ModelSettings
 from lora_hub_sdk.engine.call import check_timeout
@@ -31,12 +32,14 @@ _ROUTING: Final = (
     "weights",
     "min_score",
     "adapters",
+    "adapter_weights",
     "exclude",
     "namespace",
     "licenses",
     "scores",
     "min_trust",
     "rerank",
+    "bases",
     "adapter_tags",
 )
 _SAMPLING: Final = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
@@ -57,7 +60,7 @@ class LoraRetrieverLLM(BaseLLM):
     Every generation tells its route in ``generation_info["route"]``: ``{"strategy": ..., "adapters": [{"name",
     "repo_id", "revision", "score", "weight"}, ...]}``; no adapters there means that the base model answered. Beside it,
     ``["tiers"]`` tells where each of them was found ("device", "host" or "disk"), and ``["timing"]`` where the time
-    went, in seconds (``Timing``).
+    went, in seconds (``Timing``). ``["base_model"]`` is the model that answered, by its canonical name.
 
     ``config={"configurable": {"namespace": ...}}`` sets the namespace of one call, also through a chain: a server hands
     its caller's namespace over this way, and the call sees no other adapters.
@@ -69,18 +72,25 @@ class LoraRetrieverLLM(BaseLLM):
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     hub: LoraHub = Field(exclude=True)
-    #: A folder, a Hub id, or "smollm2-135m-instruct".
-    base_model: str | Path
+    #: A folder, a Hub id, or "smollm2-135m-instruct". None leaves it to each prompt's nearest adapter.
+    base_model: str | Path | None = None
+    #: Where ``base_model`` is None, those that may be chosen: names, "loaded", or None for all.
+    bases: tuple[str, ...] | Literal["loaded"] | None = None
     strategy: str = "mixture"
     k: int = 3
+    #: "uniform", "similarity", or "fitted", "sparse" or "gate" as ``hub.fit_weights`` found them.
     weights: str = "uniform"
     #: Hits below this cosine are dropped; a prompt that keeps none is answered by the base model. "auto" drops those
     #: below the bound that ``hub.calibrate`` found.
     min_score: float | Literal["auto"] | None = None
     #: Names of registered adapters: pins the route and skips the search.
     adapters: tuple[str, ...] | None = None
+    #: One for each of ``adapters``, any finite numbers; None weighs these alike.
+    adapter_weights: tuple[float, ...] | None = None
     exclude: tuple[str, ...] = ()
     namespace: str = DEFAULT_NAMESPACE
+    #: A file that ``hub.train_gate`` wrote, for strategy "ramole": the hub uses it for this base model from now on.
+    gate: str | Path | None = None
     #: Only adapters that carry all of these tags (``tags`` itself is LangChain's).
     adapter_tags: tuple[str, ...] = ()
     #: Only adapters under one of these licences, and with all of these scores.
@@ -91,7 +101,7 @@ class LoraRetrieverLLM(BaseLLM):
     #: Whether the nearest adapters come in the order of their words too; None is what the hub was opened with.
     rerank: bool | None = None
     #: "auto": the tokenizer's chat template where it has one. None: the prompt goes in as it is.
-    template: Literal["auto", "chat", "alpaca"] | Callable[[str], str] | None = "auto"
+    template: Literal["auto", "chat", "alpaca", "adapter"] | Callable[[str], str] | None = "auto"
     #: A prompt longer than the context loses its front ("cut") or is refused.
     overflow: Literal["cut", "refuse"] = "cut"
     max_new_tokens: int = 128
@@ -111,6 +121,8 @@ class LoraRetrieverLLM(BaseLLM):
         super().__init__(**fields)
         # Here and not in a validator, which would wrap our errors into its own.
         self._call({})
+        if self.gate is not None:
+            self.hub.use_gate(self.gate, base_model=self.base_model)
 
     @property
     def _llm_type(self) -> str:
@@ -124,10 +136,10 @@ class LoraRetrieverLLM(BaseLLM):
         fields = {name: getattr(self, name) for name in (*_ROUTING, *_SAMPLING, *_PROMPT, *_MODEL)}
         if callable(self.template):
             fields["template"] = f"{self.template.__module__}.{self.template.__qualname__}@{id(self.template)}"
-        base = canonical_name(self.base_model)
-        if Path(base).is_dir():  # a folder's name says nothing about what is in it
-            base = f"{base}@{weights_fingerprint(Path(base))}"
-        return {"base_model": base, "registry": self.hub.digest, **fields}
+        bases = self._bases() if self.base_model is None else (self.base_model,)
+        if self.strategy == "ramole":
+            fields["gates"] = {name: gate.digest for name, gate in self.hub.gates.items()}
+        return {"base_models": [_known_by(base) for base in bases], "registry": self.hub.digest, **fields}
 
     def invoke(
         self,
@@ -222,6 +234,9 @@ class LoraRetrieverLLM(BaseLLM):
         """This model with what is given for one call, and what of it is LangChain's."""
         own = {name: value for name, value in kwargs.items() if name in _CALL}
         rest = {name: value for name, value in kwargs.items() if name not in own}
+        if own.get("bases", self.bases) == "loaded":
+            # Which they are must be the same where the cache is asked and where the prompt is routed.
+            own["bases"] = self.hub.loaded_bases(self._settings()) or "loaded"
         return (self.model_copy(update=own) if own else self), rest
 
     async def _identified(self) -> LoraRetrieverLLM:
@@ -281,8 +296,19 @@ class LoraRetrieverLLM(BaseLLM):
             generations=[
                 [Generation(text=completion.text, generation_info=_info(completion))] for completion in completions
             ],
-            llm_output={"model_name": str(self.base_model), "token_usage": _usage(completions)},
+            llm_output={"model_name": self._model_name(completions), "token_usage": _usage(completions)},
         )
+
+    def _bases(self) -> Sequence[str | Path]:
+        """What may be chosen where no base model is asked for."""
+        if isinstance(self.bases, str):
+            return self.hub.loaded_bases(self._settings())
+        return self.hub.base_models() if self.bases is None else self.bases
+
+    def _model_name(self, completions: list[Completion]) -> str:
+        if self.base_model is not None:
+            return str(self.base_model)
+        return ", ".join(sorted({completion.trace.base_model for completion in completions}))
 
     def _settings(self) -> ModelSettings:
         return ModelSettings(self.dtype, self.device, self.quantization)
@@ -302,12 +328,15 @@ class LoraRetrieverLLM(BaseLLM):
             kwargs = {**kwargs, "stop": stop}
         value = {name: kwargs.get(name, getattr(self, name)) for name in _CALL}
         value["tags"] = value.pop("adapter_tags")
-        for name in ("adapters", "exclude", "tags", "licenses", "scores", "stop"):
+        for name in ("adapters", "adapter_weights", "exclude", "tags", "licenses", "scores", "stop"):
             value[name] = None if value[name] is None else tuple(value[name])
+        if value["bases"] is not None and not isinstance(value["bases"], str):
+            value["bases"] = tuple(value["bases"])
         sampling = Sampling(**{name: value[name] for name in _SAMPLING})
         routing = Routing(**{name: value[name] for name in (*_ROUTING[:-1], "tags")})
         check_sampling(sampling)
         check_routing(routing)
+        check_base(self.base_model, routing)
         check_timeout(value["timeout_s"])
         return {
             "base_model": self.base_model,
@@ -318,6 +347,12 @@ class LoraRetrieverLLM(BaseLLM):
             "overflow": value["overflow"],
             "timeout_s": value["timeout_s"],
         }
+
+
+def _known_by(base_model: str | Path) -> str:
+    """A model's name, and what is in it where that is a folder, of which a name says nothing."""
+    base = canonical_name(base_model)
+    return f"{base}@{weights_fingerprint(Path(base))}" if Path(base).is_dir() else base
 
 
 def _with_namespace(config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -349,6 +384,7 @@ def _info(completion: Completion) -> dict[str, Any]:
     trace = completion.trace
     return {
         "finish_reason": completion.finish_reason,
+        "base_model": trace.base_model,
         "route": trace.route.as_dict(),
         "tiers": list(trace.tiers),
         "timing": None if trace.timing is None else trace.timing.as_dict(),

@@ -15,6 +15,7 @@ from lora_hub_sdk.cli.adapters import adapter_data
 from lora_hub_sdk.cli.command import Outcome, command
 from lora_hub_sdk.cli.opening import open_hub, quiet_libraries
 from lora_hub_sdk.cli.options import (
+    AnsweringBase,
     AsJson,
     BaseModelFilter,
     Database,
@@ -28,6 +29,7 @@ from lora_hub_sdk.cli.options import (
     ScoreFilter,
     TagFilter,
     TrustFilter,
+    base_of,
     floor_of,
 )
 from lora_hub_sdk.errors import ConfigurationError
@@ -80,10 +82,13 @@ def search(
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="Prompts, answered in one batch; - reads stdin, one per line.")],
     *,
-    base_model: Annotated[str, typer.Option(help="Folder, Hub id or embedded name.")] = "smollm2-135m-instruct",
-    strategy: Annotated[str, typer.Option(help="selection, mixture, fusion or base.")] = "mixture",
+    base_model: AnsweringBase = "smollm2-135m-instruct",
+    strategy: Annotated[str, typer.Option(help="selection, mixture, fusion, ramole or base.")] = "mixture",
     k: NearestCount = 3,
-    weights: Annotated[str, typer.Option(help="uniform or similarity.")] = "uniform",
+    weights: Annotated[str, typer.Option(help="uniform, similarity, fitted, sparse or gate.")] = "uniform",
+    gate: Annotated[
+        str | None, typer.Option(help="What train-gate wrote, for --strategy ramole.", metavar="FILE")
+    ] = None,
     min_score: Floor = None,
     adapter: Annotated[list[str] | None, typer.Option(help="Use this one without a search; may be repeated.")] = None,
     tag: TagFilter = None,
@@ -96,7 +101,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")] = None,
     template: Annotated[
-        Literal["auto", "chat", "alpaca", "none"], typer.Option(help="How a prompt is framed for the model.")
+        Literal["auto", "chat", "alpaca", "adapter", "none"], typer.Option(help="How a prompt is framed for the model.")
     ] = "auto",
     timeout: Annotated[float | None, typer.Option(help="Give up after so many seconds.")] = None,
     dtype: Annotated[
@@ -109,14 +114,18 @@ def generate(
     as_json: AsJson = False,
 ) -> Outcome:
     """Answer prompts, each with the adapters that fit it."""
-    texts = _with_stdin(prompts)
+    texts, base = _with_stdin(prompts), base_of(base_model)
     quiet_libraries()
     from lora_hub_sdk.engine.base_model import ModelSettings
 
+    if (gate is None) == (strategy == "ramole"):
+        raise typer.BadParameter("--strategy ramole and --gate FILE go together; lora-hub train-gate makes the file")
     with open_hub(database, endpoint, index=index) as hub:
+        if gate is not None:
+            hub.use_gate(gate, base_model=base)
         completions = hub.generate(
             texts,
-            base_model=base_model,
+            base_model=base,
             routing=Routing(
                 strategy,
                 k,
@@ -137,7 +146,10 @@ def generate(
         )
     pairs = list(zip(texts, completions, strict=True))
     data = [_completion_data(text, completion) for text, completion in pairs]
-    views = [_answer(text, completion, alone=len(pairs) == 1) for text, completion in pairs]
+    views = [
+        _answer(text, completion, alone=len(pairs) == 1, base=completion.trace.base_model if base is None else None)
+        for text, completion in pairs
+    ]
     return Outcome(data, Group(*views))
 
 
@@ -173,6 +185,7 @@ def _completion_data(prompt: str, completion: Completion) -> dict[str, Any]:
         "text": completion.text,
         "finish_reason": completion.finish_reason,
         "usage": completion.usage.as_dict(),
+        "base_model": trace.base_model,
         "route": trace.route.as_dict(),
         "tiers": list(trace.tiers),
         "timing": None if trace.timing is None else trace.timing.as_dict(),
@@ -181,12 +194,13 @@ def _completion_data(prompt: str, completion: Completion) -> dict[str, Any]:
     }
 
 
-def _answer(prompt: str, completion: Completion, *, alone: bool) -> Text:
+def _answer(prompt: str, completion: Completion, *, alone: bool, base: str | None) -> Text:
     lines = Text()
     if not alone:
         lines.append(f"> {prompt}\n", style="bold")
     lines.append(completion.text.strip())
-    lines.append(f"\n[{route_line(completion.trace.route)}]", style="dim")
+    by = "" if base is None else f", by {base}"
+    lines.append(f"\n[{route_line(completion.trace.route)}{by}]", style="dim")
     return lines
 
 

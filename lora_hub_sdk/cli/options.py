@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import typer
 
@@ -27,6 +27,11 @@ def floor_of(given: str | None) -> float | Literal["auto"] | None:
         raise ConfigurationError(f"--min-score {given!r}: expected a number from -1 to 1, or auto") from None
 
 
+def base_of(given: str) -> str | None:
+    """What ``AnsweringBase`` holds."""
+    return None if given == NEAREST else given
+
+
 def _min_score(given: str | MinScore) -> MinScore:
     """From ``TASK/METRIC=VALUE``; the last slash parts the two, as names of tasks may hold some."""
     if isinstance(given, MinScore):
@@ -42,6 +47,16 @@ def _min_score(given: str | MinScore) -> MinScore:
     return MinScore(task, metric, number)
 
 
+#: Instead of a base model's name.
+NEAREST: Final = "nearest"
+
+AnsweringBase = Annotated[
+    str,
+    typer.Option(
+        "--base-model",
+        help=f"Folder, Hub id or embedded name; {NEAREST}: for each prompt the base of its nearest adapter.",
+    ),
+]
 AdapterName = Annotated[str, typer.Argument(help="Name of a registered adapter.")]
 Database = Annotated[
     str,

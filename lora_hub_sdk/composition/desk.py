@@ -15,13 +15,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
+from lora_hub_sdk.composition.router import check_base
 from lora_hub_sdk.composition.strategies import check_routing, get_strategy
 from lora_hub_sdk.errors import DeadlineExceededError, EngineClosedError, EngineCrashedError, RegistryError
 from lora_hub_sdk.retriever.query import check_prompts
 from lora_hub_sdk.types import Route, Routing
 
-BaseModel = str | os.PathLike[str]
+#: None leaves it to each prompt's nearest adapter.
+BaseModel = str | os.PathLike[str] | None
 RouteBatch = Callable[[Sequence[str], BaseModel, Routing], list[Route]]
+_Kind = tuple[str | None, str]
 
 #: Prompts that are routed together: enough for a full batch, few enough that the engine soon has something to do.
 _GROUP: Final = 64
@@ -37,7 +40,8 @@ class RoutingDesk:
     Three windows serve side by side: searches, searches of large calls, and routes that need no search.
 
     Args:
-        route: routes prompts of one base model and one routing, as ``Router.route``; called by up to three threads.
+        route: routes prompts of one base model, or of none, and one routing, as ``Router.route``; called by up to three
+            threads.
     """
 
     def __init__(self, route: RouteBatch) -> None:
@@ -58,6 +62,7 @@ class RoutingDesk:
             EngineClosedError: the desk is closed.
         """
         check_routing(routing)
+        check_base(base_model, routing)
         check_prompts(prompts)
         call = _Call(tuple(prompts), base_model, routing)
         self._window_for(call).take(call)
@@ -122,9 +127,9 @@ class _Call:
     future: Future[list[Route]] = field(default_factory=Future)
 
     @property
-    def kind(self) -> tuple[str, str]:
+    def kind(self) -> _Kind:
         """Calls of one kind can be routed together. Not the routing itself: it may hold lists, and 1 equals True."""
-        return os.fspath(self.base_model), repr(self.routing)
+        return None if self.base_model is None else os.fspath(self.base_model), repr(self.routing)
 
     def resolve(self, routes: list[Route]) -> None:
         with suppress(InvalidStateError):  # taken back meanwhile
@@ -141,7 +146,7 @@ class _Window:
     def __init__(self, name: str, route: RouteBatch) -> None:
         self._route = route
         self._lock = threading.Lock()
-        self._waiting: OrderedDict[tuple[str, str], deque[_Call]] = OrderedDict()
+        self._waiting: OrderedDict[_Kind, deque[_Call]] = OrderedDict()
         self._working = False
         self._closed = False
         # Its thread starts with the first call, and the interpreter's exit waits for what it has in hand.

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 from uuid import uuid4
 
-from lora_hub_sdk.composition.export_card import export_card
 from lora_hub_sdk.composition.combining import check_combining
+from lora_hub_sdk.composition.export_card import export_card
 from lora_hub_sdk.composition.factors import AdapterFactors
 from lora_hub_sdk.composition.merging import MergedModule, merge
 from lora_hub_sdk.composition.strategies import get_strategy

@@ -58,7 +58,7 @@ class AdapterFactors:
     modules: Mapping[str, LoraFactors]
     saved: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     init: Init = "plain"
-    #: Whether its factors were completed by a part of the base's weights: their product is certain, their signs are not.
+    #: Whether its factors were completed by a part of the base's weights: their product is certain, their signs not.
     converted: bool = False
 
     @property

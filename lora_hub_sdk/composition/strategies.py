@@ -1,22 +1,20 @@
 """The strategies as a table: how many adapters of a search take part, and where they are averaged.
 
 Each system of the paper is three answers: which set, whose weights, averaged where. A strategy here gives the first
-and the last; ``WEIGHTINGS`` has the middle one.
+and the last; ``weighting`` has the middle one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from lora_hub_sdk.composition.weighting import WEIGHTINGS, uniform
 from lora_hub_sdk.errors import ConfigurationError, UnknownStrategyError
 from lora_hub_sdk.retriever.query import check_k
 from lora_hub_sdk.types import Averaged, Hit, Member, Route, Routing
-
-#: LORAUTER's temperature for softmax weights (arXiv 2601.21795).
-_TEMPERATURE: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +41,8 @@ STRATEGIES: Final[Mapping[str, Strategy]] = {
         Strategy("mixture", "outputs"),
         # The mean of the adapters' A and of their B (paper eq. 4), cross terms and all.
         Strategy("fusion", "parameters"),
+        # The outputs again, weighed by a trained gate at each token and module (RAMoLE, arXiv 2406.16989).
+        Strategy("ramole", "tokens"),
     )
 }
 
@@ -74,6 +74,7 @@ def check_routing(routing: Routing) -> None:
     if not (floor is None or floor == "auto" or number):
         raise ConfigurationError(f'min_score={floor!r}: expected a cosine from -1 to 1, "auto", or None')
     names = routing.adapters
+    _check_adapter_weights(names, routing.adapter_weights)
     if names is None:
         return
     if not names or (strategy.limit is not None and len(names) > strategy.limit):
@@ -83,29 +84,27 @@ def check_routing(routing: Routing) -> None:
         )
 
 
-def uniform(scores: Sequence[float]) -> list[float]:
-    """1 / k each, as in the paper."""
-    return [1.0 / len(scores)] * len(scores)
+def _check_adapter_weights(names: Sequence[str] | None, weights: Sequence[float] | None) -> None:
+    if weights is None:
+        return
+    listed = list(weights) if isinstance(weights, tuple | list) else None
+    if names is None or listed is None or len(listed) != len(names):
+        raise ConfigurationError(
+            f"adapter_weights={weights!r} with adapters={names!r}: expected one number for each adapter that is named"
+        )
+    numbers = all(isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one) for one in listed)
+    if not numbers or not any(listed):
+        raise ConfigurationError(f"adapter_weights={weights!r}: expected finite numbers, not all of them 0")
 
 
-def similarity(scores: Sequence[float]) -> list[float]:
-    """Softmax of the cosines at temperature 0.2."""
-    top = max(scores)
-    raw = [math.exp((score - top) / _TEMPERATURE) for score in scores]
-    return [value / sum(raw) for value in raw]
+def route_from_hits(strategy: Strategy, hits: Sequence[Hit], shares: Sequence[float] | None = None) -> Route:
+    """The route of one prompt from its hits, best first, weighed by ``shares``, or all alike.
 
-
-WEIGHTINGS: Final[Mapping[str, Callable[[Sequence[float]], list[float]]]] = {
-    "uniform": uniform,
-    "similarity": similarity,
-}
-
-
-def route_from_hits(strategy: Strategy, hits: Sequence[Hit], weights: str = "uniform") -> Route:
-    """The route of one prompt from its hits, best first. No hits: the base model's route."""
+    Adapters without weight are left out. No hits: the base model's route.
+    """
     chosen = hits[: strategy.width(len(hits))]
     if not chosen:
         return Route(strategy.name, strategy.averaged)
-    shares = WEIGHTINGS[weights]([hit.score for hit in chosen])
-    members = tuple(Member(hit.adapter, share, hit.score) for hit, share in zip(chosen, shares, strict=True))
-    return Route(strategy.name, strategy.averaged, members)
+    weights = uniform([hit.score for hit in chosen]) if shares is None else shares
+    members = (Member(hit.adapter, share, hit.score) for hit, share in zip(chosen, weights, strict=True) if share)
+    return Route(strategy.name, strategy.averaged, tuple(members))

@@ -13,7 +13,7 @@ from lora_hub_sdk.engine.forms import Form, choose_form
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from lora_hub_sdk.composition.gates import TokenGate
     from lora_hub_sdk.engine.extras import Extras, Forward
@@ -49,11 +49,14 @@ class BatchLora:
         self.rows = tuple(rows)
         self.device, self.dtype = device, dtype
         self.gates = gates or {}
+        #: The pool's tables that these rows need, once a pass has asked for them.
+        self.tables: Mapping[str, tuple[Table, int]] | None = None
         self._routes = list(dict.fromkeys(self.rows))
         self._lookups: dict[int, Lookup] = {}
         self._padded: dict[int, Padded] = {}
         self._affine: dict[str, Affine | None] = {}
         self._saved: dict[str, list[Saved]] = {}
+        self._norms: dict[str, dict[str, Tensor]] = {}
         self._gating: dict[bool, list[Gating]] = {}
         self._dense: dict[tuple[str, ...], DenseTable] = {}
 
@@ -120,10 +123,29 @@ class BatchLora:
             ]
         return self._saved[path]
 
+    def norm(self, path: str, extras: Mapping[str, Extras], module: nn.Module) -> dict[str, Tensor]:
+        """The parameters of a norm for each row, (b, d) by name.
+
+        A norm's output is linear in them, so the average of its members' outputs has the average of their parameters.
+        """
+        if path not in self._norms:
+            made = {}
+            for name, own in module.named_parameters(recurse=False):
+                changes = {
+                    digest: one.norms[path][name] for digest, one in extras.items() if name in one.norms.get(path, {})
+                }
+                change = self._mixed(changes)
+                plain = own.detach().float().expand(len(self.rows), -1)
+                made[name] = (plain if change is None else plain + change).to(own.dtype)
+            self._norms[path] = made
+        return self._norms[path]
+
     def _mixed(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """sum over a row's members of w * tensor, (b, d), float32; None where no row has any of them."""
         import torch
 
+        if not tensors:
+            return None
         matrix = torch.zeros(len(self.rows), len(tensors))
         for place, digest in enumerate(tensors):
             for row, share in self._shares_of(digest).items():

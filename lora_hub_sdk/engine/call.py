@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lora_hub_sdk.composition.router import check_base
 from lora_hub_sdk.composition.strategies import check_routing
 from lora_hub_sdk.errors import ConfigurationError, DeadlineExceededError
 from lora_hub_sdk.retriever.query import check_prompts
@@ -19,14 +23,18 @@ if TYPE_CHECKING:
     from lora_hub_sdk.engine.request import Request
 
 _T = TypeVar("_T", Routing, Sampling, float | None)
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Prompts for one base model. ``routings``, ``samplings`` and ``timeouts_s`` have one value for each of them."""
+    """Prompts for one base model, or each for that of its nearest adapter where ``base_model`` is None.
+
+    ``routings``, ``samplings`` and ``timeouts_s`` have one value for each of them.
+    """
 
     prompts: Sequence[str]
-    base_model: str | os.PathLike[str]
+    base_model: str | os.PathLike[str] | None
     routings: Sequence[Routing]
     samplings: Sequence[Sampling]
     timeouts_s: Sequence[float | None]
@@ -38,7 +46,7 @@ class Call:
     def of(
         cls,
         prompts: Sequence[str],
-        base_model: str | os.PathLike[str],
+        base_model: str | os.PathLike[str] | None,
         routing: Routing | Sequence[Routing] | None = None,
         sampling: Sampling | Sequence[Sampling] | None = None,
         timeout_s: float | Sequence[float | None] | None = None,
@@ -68,9 +76,9 @@ class Call:
         )
         for asked, _ in call.groups():
             check_routing(asked)
+            check_base(base_model, asked)
         return call
 
-    @property
     def left_s(self) -> float | None:
         """Seconds until the first of its prompts is too late, at least 0; None where none ever is."""
         timeouts = [seconds for seconds in self.timeouts_s if seconds is not None]
@@ -84,8 +92,8 @@ class Call:
             groups.setdefault(repr(routing), (routing, []))[1].append(place)
         return list(groups.values())
 
-    def requests(self, routes: Sequence[Route]) -> list[Request]:
-        """What an engine is asked, once every prompt has its route.
+    def requests(self, routes: Sequence[Route], places: Sequence[int] | None = None) -> list[Request]:
+        """What an engine is asked, once every prompt has its route; all prompts, or those of some places.
 
         Raises:
             DeadlineExceededError: no time is left.
@@ -100,12 +108,58 @@ class Call:
             )
         return [
             Request(
-                prompt, route, sampling, self.template, self.overflow, None if seconds is None else seconds - passed
+                self.prompts[place],
+                routes[place],
+                self.samplings[place],
+                self.template,
+                self.overflow,
+                None if (seconds := self.timeouts_s[place]) is None else seconds - passed,
             )
-            for prompt, route, sampling, seconds in zip(
-                self.prompts, routes, self.samplings, self.timeouts_s, strict=True
-            )
+            for place in (range(len(self.prompts)) if places is None else places)
         ]
+
+
+def places_by_base(routes: Sequence[Route]) -> dict[str, list[int]]:
+    """The places of the routes of each base model."""
+    places: dict[str, list[int]] = {}
+    for place, route in enumerate(routes):
+        places.setdefault(route.base_model, []).append(place)
+    return places
+
+
+def run_aside(main: Callable[[], Coroutine[Any, Any, _R]]) -> _R:
+    """Run a coroutine on an event loop of its own, in a thread of its own, since this thread's may be running.
+
+    It is cancelled where this thread is interrupted.
+    """
+    cancels: list[Callable[[], object]] = []
+
+    async def watched() -> _R:
+        task = asyncio.current_task()
+        assert task is not None
+        loop = asyncio.get_running_loop()
+        cancels.append(lambda: loop.call_soon_threadsafe(task.cancel))
+        return await main()
+
+    with ThreadPoolExecutor(1, "lora-hub-bases") as aside:
+        future = aside.submit(asyncio.run, watched())
+        try:
+            return future.result()
+        finally:
+            with suppress(RuntimeError):  # the loop has just ended
+                for cancel in cancels if not future.done() else ():
+                    cancel()
+
+
+async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, _R]]) -> list[_R]:
+    """What they return, in their order; where one fails the others are cancelled, and its error is raised."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def check_timeout(seconds: float | None) -> None:

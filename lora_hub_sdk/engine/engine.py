@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lora_hub_sdk.engine.adapter_file import Unverified, open_factors
 from lora_hub_sdk.engine.adapter_store import AdapterStore
+from lora_hub_sdk.engine.adapter_templates import AdapterTemplates
 from lora_hub_sdk.engine.base_model import BaseModel
 from lora_hub_sdk.engine.call import check_timeout
 from lora_hub_sdk.engine.prompt import EncodedPrompt, PromptEncoder
@@ -33,6 +34,7 @@ from lora_hub_sdk.types import Adapter, Completion
 
 if TYPE_CHECKING:
     from lora_hub_sdk.composition.factors import AdapterFactors
+    from lora_hub_sdk.composition.gates import TokenGate
     from lora_hub_sdk.engine.metrics import EngineMetrics, EngineStats
 
 #: On a CPU; on a GPU so much of the memory that is free once the model is there.
@@ -76,13 +78,14 @@ class Engine:
         if limits is None:
             limits = EngineLimits(max_tokens=max(_budget(base, _CACHE_BYTES, _CACHE_SHARE) // _place_bytes(base), 1))
         limits = replace(limits, max_ranks=max(min(limits.max_ranks, budget // _rank_bytes(base)), 1))
-        pool = RankPool(base.groups, base.shapes, dtype=base.dtype, device=base.device, budget_bytes=budget)
-        self._worker = Worker(base, pool, AdapterStore(host_bytes, load), limits)
+        self._worker = Worker(base, RankPool.of(base, budget), AdapterStore(host_bytes, _fitted(base, load)), limits)
+        self._gate: TokenGate | None = None
         # Packing weights has left threads waiting in this thread, which another one shall have.
         expect_engine()
         give_threads_back()
         self._limits = limits
         self._ids = count(1)
+        self._templates = AdapterTemplates(base.tokenizer.chat_template)
         self._tokenizing = threading.RLock()  # tokenizers are not safe to share between threads
         self._aside = ThreadPoolExecutor(1, "lora-hub-tokenize")
 
@@ -114,6 +117,11 @@ class Engine:
             EngineClosedError, EngineCrashedError: nobody answers any more.
         """
         return self._submit([request], [self._encode(0, request)], [partial(Ticket, stream=stream)])[0]
+
+    async def asubmit(self, request: Request, *, stream: bool = False) -> Ticket:
+        """As ``submit``, without blocking the event loop."""
+        encoded = await self._aencoded([request])
+        return self._submit([request], encoded, [partial(Ticket, stream=stream)])[0]
 
     def submit_many(self, requests: Sequence[Request]) -> list[Ticket]:
         """As ``submit``; all are taken or none, and they take turns with others as one."""
@@ -209,11 +217,28 @@ class Engine:
 
     async def astream(self, request: Request) -> AsyncGenerator[str | Completion]:
         """As ``stream``, without blocking the event loop."""
-        encoded = await self._aencoded([request])
-        (ticket,) = self._submit([request], encoded, [partial(Ticket, stream=True)])
+        ticket = await self.asubmit(request, stream=True)
         async with aclosing(ticket.apieces()) as pieces:
             async for piece in pieces:
                 yield piece
+
+    # -- gates --------------------------------------------------------------------------------------------------------
+
+    @property
+    def gate(self) -> TokenGate | None:
+        """What finds the weights of routes whose adapters are averaged by tokens."""
+        return self._gate
+
+    def use_gate(self, gate: TokenGate | None) -> None:
+        """Use this gate for requests handed in from now on; those before keep theirs.
+
+        Raises:
+            ConfigurationError: it is for other modules than this model's.
+        """
+        if gate is not None:
+            _check_gate(gate, self.base)
+            self._worker.add_gate(gate)
+        self._gate = gate
 
     # -- end ----------------------------------------------------------------------------------------------------------
 
@@ -240,11 +265,19 @@ class Engine:
     ) -> list[Ticket]:
         client = client or f"call {next(self._ids)}"
         jobs = []
+        gate = self._gate
         for request, prompt, ticket_of in zip(requests, encoded, make, strict=True):
+            gated = request.route.averaged == "tokens" and bool(request.route.members)
+            if gated and gate is None:
+                raise ConfigurationError(
+                    f"strategy {request.route.strategy!r} needs a gate for base model {self.base.id!r}, and none is in "
+                    "use; train one with hub.train_gate, or give one to hub.use_gate"
+                )
             job_id = next(self._ids)
             ticket = ticket_of(partial(self._worker.withdraw, job_id))
             row = Row(request.sampling, self.base, ticket.show if ticket.streams else None)
-            jobs.append(Job(job_id, request.client or client, request, prompt, row, ticket))
+            own_gate = gate.digest if gated and gate is not None else None
+            jobs.append(Job(job_id, request.client or client, request, prompt, row, ticket, own_gate))
         self._worker.submit(jobs)
         return [job.ticket for job in jobs]
 
@@ -269,9 +302,40 @@ class Engine:
                 f"max_new_tokens={request.sampling.max_new_tokens} leaves no room for a prompt in a context of "
                 f"{self.base.context} tokens"
             )
-        encoder = PromptEncoder(self.base.tokenizer, request.template)
+        own = self._templates.of(request.route, request.template)
+        encoder = PromptEncoder(self.base.tokenizer, request.template, own=own, rows=self.base.vocabulary)
         with self._tokenizing:
             return encoder.encode(request.prompt, limit=limit, overflow=request.overflow, row=place)
+
+
+def _fitted(
+    base: BaseModel, load: Callable[[Adapter], AdapterFactors | Unverified]
+) -> Callable[[Adapter], AdapterFactors | Unverified]:
+    """Reads adapters and fits them to the base, both on the loader's thread."""
+    from lora_hub_sdk.engine.fitting import Fitting
+
+    fitting = Fitting(base.modules, embedding=base.embedding)
+
+    def loaded(adapter: Adapter) -> AdapterFactors | Unverified:
+        found = load(adapter)
+        if isinstance(found, Unverified):
+            return replace(found, factors=fitting.fit(found.factors))
+        return fitting.fit(found)
+
+    return loaded
+
+
+def _check_gate(gate: TokenGate, base: BaseModel) -> None:
+    for path, (d_out, d_in) in base.shapes.items():
+        own = gate.module(path)
+        if own is None:
+            continue
+        found, expected = [tuple(one.shape) for one in own], [(gate.width, d_in), (d_out, gate.width)]
+        if found != expected:
+            raise ConfigurationError(
+                f"the gate has shapes {found} at {path!r}, base model {base.id!r} needs {expected}; it was trained for "
+                "another base"
+            )
 
 
 def _first_pending(tickets: Sequence[Ticket], place: int) -> int:

@@ -22,11 +22,13 @@ Forward = Callable[["Tensor"], "Tensor"]
 class Extras:
     """By module path: what the base's product is multiplied by less 1, what is added, and what replaces the module.
 
-    ``gains`` and ``shifts`` are float32 (d_out,): they are summed over a route's members before they are rounded.
+    ``gains`` and ``shifts`` are float32 (d_out,): they are summed over a route's members before they are rounded. So
+    are ``norms``, by which a norm's parameters differ from the base's. ``saved`` are linear modules and embeddings.
     """
 
     gains: Mapping[str, Tensor]
     shifts: Mapping[str, Tensor]
+    norms: Mapping[str, Mapping[str, Tensor]]
     saved: Mapping[str, Forward]
     size_bytes: int
 
@@ -43,23 +45,47 @@ def extras_of(
 
     own_gains = {path: gain.to(device, torch.float32) - 1 for path, gain in gains.items()}
     own_shifts = {path: shift.to(device, torch.float32) for path, shift in shifts.items()}
-    # Norms may be kept in a wider dtype than the rest of the model.
-    saved = {
-        path: {name: tensor.to(device, _dtype_of(modules[path], name, dtype)) for name, tensor in own.items()}
+    whole = {path: own for path, own in factors.saved.items() if _is_whole(modules[path])}
+    saved = {path: {name: one.to(device, dtype) for name, one in own.items()} for path, own in whole.items()}
+    norms = {
+        path: {name: one.to(device, torch.float32) - getattr(modules[path], name).float() for name, one in own.items()}
         for path, own in factors.saved.items()
+        if path not in whole
     }
-    tensors = [*own_gains.values(), *own_shifts.values(), *(one for own in saved.values() for one in own.values())]
+    kept = [one for parts in (*saved.values(), *norms.values()) for one in parts.values()]
     return Extras(
         own_gains,
         own_shifts,
+        norms,
         {path: _replaced(modules[path], own) for path, own in saved.items()},
-        sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        sum(one.numel() * one.element_size() for one in (*own_gains.values(), *own_shifts.values(), *kept)),
     )
 
 
-def _dtype_of(module: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
-    own: Any = getattr(module, name, None)
-    return own.dtype if own is not None and own.dtype.is_floating_point else dtype
+def norm_by_row(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """What a norm gives x (b, ..., d) when its parameters differ from row to row: (b, d) each."""
+    from torch import nn
+    from torch.nn.functional import layer_norm, rms_norm
+
+    rows = {name: one.view(len(one), *[1] * (x.dim() - 2), -1) for name, one in parameters.items()}
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        # torch's own take one vector for all rows.
+        if isinstance(module, nn.LayerNorm):
+            plain = layer_norm(x, module.normalized_shape, None, None, module.eps)
+        else:
+            plain = rms_norm(x, module.normalized_shape, None, module.eps)
+        scaled = plain * rows["weight"] if "weight" in rows else plain
+        return scaled + rows["bias"] if "bias" in rows else scaled
+    # transformers' multiply elementwise, each in its own way.
+    return _with_parameters(module, rows)(x)
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether it is a module whose product is computed anew for the rows that replace it; else it is a norm."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D | nn.Embedding)
 
 
 def _replaced(module: nn.Module, parameters: Mapping[str, Tensor]) -> Forward:
@@ -75,10 +101,16 @@ def _replaced(module: nn.Module, parameters: Mapping[str, Tensor]) -> Forward:
         if isinstance(module, Conv1D):
             weight = weight.t()
         return partial(linear, weight=weight, bias=parameters.get("bias", own.bias))
-    # A copy that shares everything but these parameters, so that the base is never written.
+    return _with_parameters(module, parameters)
+
+
+def _with_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> Forward:
+    """A copy that shares everything but these parameters, so that the base is never written."""
+    from torch import nn
+
     clone: Any = copy.copy(module)
     clone.__dict__.pop("forward", None)
-    clone._parameters = dict(own._parameters)
+    clone._parameters = dict(clone._parameters)
     for name, tensor in parameters.items():
         clone._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     return lambda x: clone(x)

@@ -109,22 +109,26 @@ def _onednn(module: nn.Module, pack: bool) -> Product:
     weight, bias = linear.weight.detach(), linear.bias
     if pack:
         weight = ops._reorder_linear_weight(weight, None)
-    return lambda x: _by_onednn(x, weight, bias)
+    return _by_onednn(weight, bias)
 
 
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _by_onednn(weight: Tensor, bias: Tensor | None) -> Product:
     import torch
     from torch.nn.functional import pad
 
-    # Contiguous, because a slice over the last positions would have the weights expanded once a row.
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    rows = len(flat)
-    padded = padded_rows(rows)
-    if padded > rows:
-        flat = pad(flat, (0, 0, 0, padded - rows))
     ops: Any = torch.ops.mkldnn
-    result: Tensor = ops._linear_pointwise(flat, weight, bias, "none", [], "")
-    return result[:rows].view(*x.shape[:-1], -1)
+
+    def product(x: Tensor) -> Tensor:
+        # Contiguous, because a slice over the last positions would have the weights expanded once a row.
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        rows = len(flat)
+        padded = padded_rows(rows)
+        if padded > rows:
+            flat = pad(flat, (0, 0, 0, padded - rows))
+        result: Tensor = ops._linear_pointwise(flat, weight, bias, "none", [], "")
+        return result[:rows].view(*x.shape[:-1], -1)
+
+    return product
 
 
 def _times(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -133,7 +137,7 @@ def _times(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     weight = weight.to(x.dtype)
     if x.device.type == "cpu" and _has_onednn(x.dtype):
-        return _by_onednn(x, weight, bias)
+        return _by_onednn(weight, bias)(x)
     return linear(x, weight, bias)
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_hub_sdk.engine.batch_lora import BatchLora
-from lora_hub_sdk.engine.extras import Extras
+from lora_hub_sdk.engine.extras import Extras, norm_by_row
 from lora_hub_sdk.engine.forms import Form
 from lora_hub_sdk.engine.gating import gate_looked_up, gate_padded
 from lora_hub_sdk.engine.linear import Product
@@ -43,26 +43,27 @@ class LoraLayers:
     ) -> None:
         self._pool, self._modules = pool, modules
         self._biases: dict[str, Any] = {path: getattr(modules[path], "bias", None) for path in products}
-        self._forwards = {path: self._forward(path, product) for path, product in products.items()}
+        self._forwards = [(modules[path], self._forward(path, product)) for path, product in products.items()]
         if embedding is not None:
-            self._forwards[embedding] = self._embed(embedding)
+            self._forwards.append((modules[embedding], self._embed(embedding)))
         self._active: _Pass | None = None
 
     @contextmanager
     def apply(self, batch: BatchLora, tokens: int) -> Iterator[None]:
         """Within the block a forward pass has the rows of ``batch``, each of ``tokens`` tokens."""
-        tables = {} if batch.empty else self._pool.members
+        if batch.tables is None:
+            batch.tables = {} if batch.empty else self._pool.members_of(batch.digests)
         extras = {digest: one for digest, one in self._pool.extras.items() if digest in batch.digests}
-        self._active = _Pass(batch, tables, tokens, extras, self._biases)
-        others = {path for one in extras.values() for path in one.saved} - self._forwards.keys()
-        forwards = self._forwards | {path: self._other(path) for path in others}
+        self._active = _Pass(batch, batch.tables, tokens, extras, self._biases)
+        norms = {path for one in extras.values() for path in one.norms}
+        forwards = [*self._forwards, *((self._modules[path], self._norm(path)) for path in norms)]
         try:
-            for path, forward in forwards.items():
-                self._modules[path].__dict__["forward"] = forward
+            for module, forward in forwards:
+                module.__dict__["forward"] = forward
             yield
         finally:
-            for path in forwards:
-                self._modules[path].__dict__.pop("forward", None)
+            for module, _ in forwards:
+                module.__dict__.pop("forward", None)
             self._active = None
 
     def _forward(self, path: str, product: Product) -> Callable[[Tensor], Tensor]:
@@ -87,15 +88,13 @@ class LoraLayers:
 
         return forward
 
-    def _other(self, path: str) -> Callable[..., Tensor]:
-        """Of a module that some adapter replaces and that nothing else is added to, as a norm."""
-        own = self._modules[path].forward
+    def _norm(self, path: str) -> Callable[[Tensor], Tensor]:
+        """Of a norm that some adapter replaces: one pass with each row's own parameters."""
+        module = self._modules[path]
 
         def forward(x: Tensor) -> Tensor:
             assert self._active is not None, "only a pass calls it"
-            output: Tensor = own(x)
-            self._active.adjust_(path, x, output)
-            return output
+            return self._active.normed(path, x, module)
 
         return forward
 
@@ -158,6 +157,12 @@ class _Pass:
             rows.add_(affine.shift)
         for one, delta in deltas:
             rows.index_add_(0, one.rows, delta * one.weights.view(-1, *[1] * (rows.dim() - 1)).to(delta.dtype))
+
+    def normed(self, path: str, x: Tensor, module: nn.Module) -> Tensor:
+        """What a norm gives each row of x (b, ..., d), with the parameters that the row's adapters make of it."""
+        parameters = self._batch.norm(path, self._extras, module)
+        rows = self._by_row(path, x) if x.dim() == 2 else x
+        return norm_by_row(module, parameters, rows).view(x.shape)
 
     def _by_row(self, path: str, x: Tensor) -> Tensor:
         """(b, l, d), also where a model passes (b * l, d) as OPT does."""

@@ -8,7 +8,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MethodType
 from typing import Any, Final, Literal, get_args
+from weakref import WeakMethod
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -39,12 +41,16 @@ class TierState:
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
-    """What an engine holds at one moment. ``kv_places`` are rows times width of the key-value cache."""
+    """What an engine holds at one moment. ``kv_places`` are rows times width of the key-value cache.
+
+    ``base_bytes`` is the memory of the base model's weights, copies in another order included.
+    """
 
     waiting: int = 0
     running: int = 0
     kv_places: int = 0
     max_kv_places: int = 0
+    base_bytes: int = 0
     host: TierState = field(default_factory=TierState)
     device: TierState = field(default_factory=TierState)
 
@@ -71,6 +77,7 @@ class EngineStats:
     running: int
     kv_places: int
     max_kv_places: int
+    base_bytes: int
     requests: dict[Outcome, int]
     prompt_tokens: int
     completion_tokens: int
@@ -133,7 +140,7 @@ class EngineMetrics:
         self._prefill_seconds = self._histogram("prefill_seconds", "One forward pass over new prompts.", _PASSES)
         self._step_seconds = self._histogram("step_seconds", "One decoding step of all running rows.", _PASSES)
         self._step_rows = self._histogram("step_rows", "Rows of one decoding step.", _ROWS)
-        self.registry.register(_StateCollector(base_model, state))
+        self.registry.register(_StateCollector(base_model, _while_there(state)))
 
     def request_done(self, outcome: Outcome, timing: Timing | None = None, usage: Usage | None = None) -> None:
         """A request ended. ``usage`` tells what it got, also where that is not a complete answer.
@@ -206,6 +213,7 @@ class EngineMetrics:
             running=value["running", None],
             kv_places=value["kv_places", None],
             max_kv_places=value["max_kv_places", None],
+            base_bytes=value["base_bytes", None],
             requests={outcome: value["requests_total", outcome] for outcome in get_args(Outcome)},
             prompt_tokens=value["prompt_tokens_total", None],
             completion_tokens=value["completion_tokens_total", None],
@@ -293,6 +301,7 @@ class _StateCollector:
             ("running", now.running, "Rows that decode together."),
             ("kv_places", now.kv_places, "Places of the key-value cache in use, rows times width."),
             ("max_kv_places", now.max_kv_places, "Places that the key-value cache may have."),
+            ("base_bytes", now.base_bytes, "Memory of the base model's weights."),
         ):
             gauge = GaugeMetricFamily(f"{_PREFIX}_{name}", text, labels=("base_model",))
             gauge.add_metric((self.base_model,), value)
@@ -308,6 +317,19 @@ class _StateCollector:
             for tier, held in tiers.items():
                 family.add_metric((self.base_model, tier), getattr(held, field_name))
             yield family
+
+
+def _while_there(state: Callable[[], EngineState]) -> Callable[[], EngineState]:
+    """A method's object is not kept: whoever reads an engine's metrics must not hold its model in memory."""
+    if not isinstance(state, MethodType):
+        return state
+    method: WeakMethod[Any] = WeakMethod(state)
+
+    def now() -> EngineState:
+        found = method()
+        return EngineState() if found is None else found()
+
+    return now
 
 
 class _Rate:

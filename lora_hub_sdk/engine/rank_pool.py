@@ -73,6 +73,7 @@ class UnprovenError(Exception):
 @dataclass
 class _Held:
     rows: tuple[int, ...]
+    groups: frozenset[tuple[str, ...]] = frozenset()
     pins: int = 0
     #: What the rows were written from, until that is proven.
     source: ReferenceType[AdapterFactors] | None = None
@@ -181,7 +182,8 @@ class RankPool:
             except BaseException:
                 self.extras.pop(factors.digest, None)
                 raise
-            held = self._held[factors.digest] = _Held(rows, source=None if proven else ref(factors))
+            groups = frozenset(self._group_of[path] for path in factors.modules)
+            held = self._held[factors.digest] = _Held(rows, groups, source=None if proven else ref(factors))
             try:
                 self._write(factors, held.rows)
             except BaseException:
@@ -190,6 +192,11 @@ class RankPool:
         self._held.move_to_end(factors.digest)
         held.pins += 1
         return held.rows
+
+    def members_of(self, digests: Iterable[str]) -> dict[str, tuple[Table, int]]:
+        """As ``members``, of the tables that any of these adapters has a part in."""
+        groups = {group for digest in digests for group in self._held[digest].groups}
+        return {path: found for path, found in self.members.items() if found[0].paths in groups}
 
     def prove(self, factors: AdapterFactors) -> None:
         """These factors are what their digest promises, and so are rows that were written from them."""

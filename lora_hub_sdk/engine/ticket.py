@@ -134,6 +134,12 @@ class Ticket:
             # Without this, concurrent.futures.wait never counts a cancelled future as done.
             future.set_running_or_notify_cancel()
             self._on_cancel()
+        # A ticket outlives its engine where a stream is read slowly, and must not keep the model in memory.
+        self._on_cancel = _nothing
+
+
+def _nothing() -> None:
+    """There is nothing left to cancel."""
 
 
 def _in_this_loop(event: asyncio.Event) -> Callable[[], None]:

@@ -18,6 +18,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final
 from weakref import WeakSet
 
+from lora_hub_sdk.composition.combining import check_combining
 from lora_hub_sdk.composition.terms import terms_of
 from lora_hub_sdk.engine.adapter_store import AdapterStore, Held
 from lora_hub_sdk.engine.base_model import BaseModel
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lora_hub_sdk.composition.factors import AdapterFactors
+    from lora_hub_sdk.composition.gates import TokenGate
 
 #: An idle thread ends after so many seconds; the next request starts another. So a forgotten engine costs nothing.
 _LINGER_S: Final = 5.0
@@ -144,6 +146,10 @@ class Worker:
         """Free what is held of an adapter, once nobody uses it."""
         self._store.discard(digest)
         self._inbox.put(partial(self._forget, digest))
+
+    def add_gate(self, gate: TokenGate) -> None:
+        """Jobs handed in from now on may name this gate."""
+        self._inbox.put(partial(self._pool.add_gate, gate))
 
     def close(self, timeout_s: float | None = None) -> None:
         """Finish what was taken in, then end; what is not done after ``timeout_s`` fails. May be called twice.
@@ -321,12 +327,15 @@ class Worker:
             for tier in job.tiers:
                 self.metrics.found(tier)
         for adapter in _adapters(job):
-            missing = sorted(factors[adapter.digest].modules.keys() - self._base.shapes.keys())
+            own = factors[adapter.digest]
+            missing = sorted(own.modules.keys() - self._base.shapes.keys() - {self._base.embedding})
+            missing += sorted(own.saved.keys() - self._base.modules.keys())
             if missing:
                 raise RegistryError(
                     f"adapter {adapter.name!r} of base {adapter.base_model!r} has modules that {self._base.id!r} "
                     f"lacks: {', '.join(missing[:3])}"
                 )
+        check_combining(job.request.route, factors)
         job.terms = terms_of(job.request.route, {digest: one.rank for digest, one in factors.items()})
         pinned: list[str] = []
         try:
@@ -338,7 +347,7 @@ class Worker:
             for digest in pinned:
                 self._pool.unpin(digest)
             raise
-        job.lora = RowLora(job.terms, tuple(rows))
+        job.lora = RowLora(job.terms, tuple(rows), job.gate)
 
     def _pin(self, job: Job, factors: AdapterFactors) -> tuple[int, ...]:
         try:
@@ -551,6 +560,7 @@ class Worker:
             running=len(self._rows),
             kv_places=len(self._rows) * self._running.width,
             max_kv_places=self._limits.max_tokens,
+            base_bytes=self._base.size_bytes + self._base.packed_bytes,
             host=TierState(store.bytes, store.budget_bytes, store.held, store.evictions),
             device=TierState(self._pool.size_bytes, self._pool.budget_bytes, len(self._pool), self._pool.evictions),
         )

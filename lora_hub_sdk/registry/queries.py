@@ -6,7 +6,7 @@ import difflib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, Literal, NamedTuple, TypeVar
 
 from sqlalchemy import ColumnElement, Engine, Select, exists, select
 from sqlalchemy.orm import Session
@@ -32,6 +32,8 @@ from lora_hub_sdk.types import Adapter, AdapterFilter, Event, Score
 VERSION: Final = "version"
 #: The active encoder, once something was registered.
 ENCODER: Final = "encoder"
+#: What is learned for a namespace and an encoder: from which score on an adapter fits, and how hits are weighed.
+RuleKind = Literal["fit-rule", "weights"]
 #: Values in one IN (...); databases bound how many variables a statement may have.
 _VALUES_PER_QUERY: Final = 500
 _T = TypeVar("_T")
@@ -61,10 +63,10 @@ class SqlQueries:
         with Session(self._engine) as session:
             return read_encoder(session)
 
-    def fit_rule(self, namespace: str, encoder: str) -> str | None:
-        """From which score on adapters of a namespace fit, under an encoder; None where nobody calibrated."""
+    def rule(self, kind: RuleKind, namespace: str, encoder: str) -> str | None:
+        """What was learned for a namespace under an encoder; None where nothing was."""
         with Session(self._engine) as session:
-            return session.scalar(select(MetaRow.value).where(MetaRow.key == fit_rule_key(namespace, encoder)))
+            return session.scalar(select(MetaRow.value).where(MetaRow.key == rule_key(kind, namespace, encoder)))
 
     def find(self, name: str, namespace: str) -> Adapter | None:
         """The adapter of that name, or None."""
@@ -291,9 +293,9 @@ def read_encoder(session: Session) -> EncoderRecord | None:
     return None if text is None else EncoderRecord.of_text(text)
 
 
-def fit_rule_key(namespace: str, encoder: str) -> str:
+def rule_key(kind: RuleKind, namespace: str, encoder: str) -> str:
     """Short enough for the column, whatever the namespace."""
-    return f"fit-rule:{hashlib.sha256(f'{encoder} {namespace}'.encode()).hexdigest()[:48]}"
+    return f"{kind}:{hashlib.sha256(f'{encoder} {namespace}'.encode()).hexdigest()[:48]}"
 
 
 def lacks(encoder: str) -> ColumnElement[bool]:

@@ -16,6 +16,7 @@ from lora_hub_sdk.registry.follower import Follower, Progress, Verification
 from lora_hub_sdk.registry.followers import Followers
 from lora_hub_sdk.registry.index import Vector, is_same
 from lora_hub_sdk.registry.index_places import open_index
+from lora_hub_sdk.registry.queries import RuleKind
 from lora_hub_sdk.registry.records import Registration, vector_of
 from lora_hub_sdk.registry.schema import ensure_schema, open_database, sqlite_file
 from lora_hub_sdk.registry.store import SqlStore
@@ -234,13 +235,13 @@ class Registry:
         """Folders and vectors, under this or another encoder, of adapters that a guess can go by, the latest first."""
         return self.store.known(namespace, base_model, encoder or self._encoder, _MOST_KNOWN)
 
-    def fit_rule(self, namespace: str, encoder: str) -> str | None:
-        """What was calibrated for a namespace with the encoder of a fingerprint; None where nothing was."""
-        return self.store.fit_rule(namespace, encoder)
+    def rule(self, kind: RuleKind, namespace: str, encoder: str) -> str | None:
+        """What was learned for a namespace with the encoder of a fingerprint; None where nothing was."""
+        return self.store.rule(kind, namespace, encoder)
 
-    def keep_fit_rule(self, namespace: str, encoder: str, rule: str) -> None:
-        """Keep what was calibrated for a namespace with the encoder of a fingerprint."""
-        self.store.keep_fit_rule(namespace, encoder, rule)
+    def keep_rule(self, kind: RuleKind, namespace: str, encoder: str, rule: str) -> None:
+        """Keep what was learned for a namespace with the encoder of a fingerprint."""
+        self.store.keep_rule(kind, namespace, encoder, rule)
 
     def verify(self) -> Verification:
         """Compare every vector of the index with SQL's; see ``Follower.verify``."""

@@ -27,12 +27,14 @@ def visible(allowed: AdapterFilter) -> list[ColumnElement[bool]]:
     conditions = [AdapterRow.state == "active", AdapterRow.namespace == allowed.namespace]
     if allowed.base_model is not None:
         conditions.append(AdapterRow.base_model == allowed.base_model)
+    if allowed.bases:
+        conditions.append(AdapterRow.base_model.in_(allowed.bases))
     return [*conditions, *_narrowing(allowed)]
 
 
 def is_narrow(allowed: AdapterFilter) -> bool:
     """Whether the filter asks for more than the index knows by itself, namespace and base model."""
-    return bool(allowed.tags or allowed.licenses or allowed.scores or allowed.min_trust != "low")
+    return bool(allowed.tags or allowed.licenses or allowed.scores or allowed.min_trust != "low" or allowed.bases)
 
 
 def _narrowing(allowed: AdapterFilter) -> list[ColumnElement[bool]]:

@@ -20,12 +20,13 @@ from lora_hub_sdk.registry.index import Vector
 from lora_hub_sdk.registry.queries import (
     ENCODER,
     VERSION,
+    RuleKind,
     SqlQueries,
-    fit_rule_key,
     lacks,
     load_adapter,
     read_encoder,
     read_version,
+    rule_key,
 )
 from lora_hub_sdk.registry.records import (
     EncoderRecord,
@@ -307,11 +308,11 @@ class SqlStore(SqlQueries):
             before = None if old is None else old.fingerprint
             change.note_registry("switched", "", record.name, before=before, encoder=record.fingerprint)
 
-    def keep_fit_rule(self, namespace: str, encoder: str, rule: str) -> None:
-        """Keep from which score on adapters of a namespace fit, under an encoder, in place of an earlier rule."""
+    def keep_rule(self, kind: RuleKind, namespace: str, encoder: str, rule: str) -> None:
+        """Keep what was learned for a namespace under an encoder, in place of an earlier rule of its kind."""
         with self._change() as change:
-            change.session.merge(MetaRow(key=fit_rule_key(namespace, encoder), value=rule))
-            change.note_registry("calibrated", namespace, "", encoder=encoder)
+            change.session.merge(MetaRow(key=rule_key(kind, namespace, encoder), value=rule))
+            change.note_registry("calibrated" if kind == "fit-rule" else "weighed", namespace, "", encoder=encoder)
 
     def note_pull(self, folder: Path, repo_id: str, revision: str) -> None:
         """Note that a commit is about to be put into a cache."""

@@ -25,7 +25,7 @@ GROUPS: Final = ("all", "seen", "unseen")
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A number in [0, 1] and the interval around it; ``low`` and ``high`` are the number where none was asked for."""
+    """A number and the interval around it; ``low`` and ``high`` are the number where none was asked for."""
 
     value: float
     low: float

@@ -15,9 +15,9 @@ import numpy as np
 
 from lora_hub_sdk.errors import ConfigurationError, SamplesError
 from lora_hub_sdk.retriever.fitting import FitRule, wording
-from lora_hub_sdk.retriever.lexicon import Grams, Profile, grams, profile
+from lora_hub_sdk.retriever.lexicon import Grams, Profile
 from lora_hub_sdk.retriever.reranker import CANDIDATES
-from lora_hub_sdk.retriever.samples import folded
+from lora_hub_sdk.retriever.sample_pool import ENOUGH, SamplePool, Search
 from lora_hub_sdk.retriever.tasks import task_vectors
 
 if TYPE_CHECKING:
@@ -31,10 +31,6 @@ _WEIGHTS: Final = (0.25, 0.5, 1.0, 2.0)
 #: Adapters whose samples are embedded, and samples of one of them; of more adapters, as many are drawn.
 _MOST_ADAPTERS: Final = 500
 _MOST_SAMPLES: Final = 100
-#: Samples that are searched with; of more, as many are drawn.
-_MOST_SEARCHES: Final = 4000
-#: Fewer leave the true share of prompts that are given away two points or more from the wanted one.
-_ENOUGH: Final = 100
 #: Hits carry so many digits.
 _DIGITS: Final = 6
 
@@ -111,7 +107,7 @@ def calibrate(
     if not tasks:
         raise SamplesError("registry", "no adapter has samples to calibrate on; register some with samples=[...]")
     pool = _Pool(tasks, vectors)
-    searches, warnings = _searches(pool, frozenset(trained), seed)
+    searches, warnings = pool.drawn(trained, seed)
     scores = _Scores.of(pool, searches)
     wanted = math.floor(false_abstain * (len(scores.own) + 1))
     if not wanted:
@@ -119,7 +115,7 @@ def calibrate(
             f"{len(scores.own)} samples cannot bound a share of {false_abstain:g}: give at least "
             f"{math.ceil(1 / false_abstain) - 1}, or allow a larger share; until then everything fits"
         )
-    elif len(scores.own) < _ENOUGH:
+    elif len(scores.own) < ENOUGH:
         warnings.append(f"only {len(scores.own)} samples were searched with: the true share may be points away")
     bounds = [_bound(column, wanted) for column in scores.own.T]
     rates = [scores.rates(column, bound) for column, bound in enumerate(bounds)]
@@ -163,49 +159,22 @@ def calibrate_encoder(
     return replace(found, warnings=warnings + found.warnings)
 
 
-@dataclass(frozen=True, slots=True)
-class _Search:
-    """A text and whose it is: for each of its adapters the place among its samples."""
-
-    owners: dict[int, int]
-    grams: Grams
-
-
-class _Pool:
-    """Adapters as a search sees them, with and without one of their samples."""
+class _Pool(SamplePool):
+    """What a search reaches at best, with and without its own adapters."""
 
     def __init__(self, tasks: Sequence[Task], vectors: Mapping[str, NDArray[np.float32]]) -> None:
-        self.tasks = tasks
-        self.vectors = [np.asarray(vectors[task.name], dtype=np.float64) for task in tasks]
-        self.sums = np.stack([rows.sum(axis=0) for rows in self.vectors])
-        self.means = np.stack([_unit(total) for total in self.sums])
-        self.profiles = [profile(task.inputs) for task in tasks]
+        super().__init__(tasks, vectors)
         domains = {task.domain for task in tasks if task.domain is not None}
         self.domains = np.array([task.domain or "" for task in tasks]) if len(domains) > 1 else None
-        owners: dict[str, dict[int, int]] = {}
-        for place, task in enumerate(tasks):
-            for row, text in enumerate(task.inputs):
-                owners.setdefault(folded(text), {}).setdefault(place, row)
-        self.searches = [self._search(found) for found in owners.values()]
 
-    def _search(self, owners: dict[int, int]) -> _Search:
-        place, row = next(iter(owners.items()))
-        return _Search(owners, grams(self.tasks[place].inputs[row]))
-
-    def scores(self, search: _Search) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    def scores(self, search: Search) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """What a text reaches among all adapters, without its own, and without its domain: the best cosine, and the
         best fit by each weight. NaN where nothing is left to search."""
-        place, row = next(iter(search.owners.items()))
-        sample = self.vectors[place][row]
-        cosines = self.means @ sample
-        profiles = dict[int, Profile | None]()
+        cosines, profiles = self.found_by(search)
         others = np.ones(len(self.tasks), dtype=bool)
         there = others.copy()
-        for owner, at in search.owners.items():
-            rest = self.sums[owner] - self.vectors[owner][at]
-            others[owner], there[owner] = False, len(self.vectors[owner]) > 1
-            cosines[owner] = _unit(rest) @ sample
-            profiles[owner] = _without(self.profiles[owner], search.grams)
+        for owner in search.owners:
+            others[owner], there[owner] = False, self.left(owner)
         # With every owner gone, all that is left is strangers.
         own = there if any(there[owner] for owner in search.owners) else np.zeros_like(there)
         far = np.zeros_like(others)
@@ -241,7 +210,7 @@ class _Scores:
     far: NDArray[np.float64]
 
     @classmethod
-    def of(cls, pool: _Pool, searches: Sequence[_Search]) -> _Scores:
+    def of(cls, pool: _Pool, searches: Sequence[Search]) -> _Scores:
         found = [pool.scores(search) for search in searches]
         return cls(*(_known(np.array(rows).reshape(-1, 1 + len(_WEIGHTS))) for rows in zip(*found, strict=True)))
 
@@ -256,24 +225,6 @@ class _Scores:
         return Rates(0.0 if own is None else 1 - own, kept(self.strange), kept(self.far))
 
 
-def _searches(pool: _Pool, trained: frozenset[str], seed: int) -> tuple[list[_Search], list[str]]:
-    chosen, warnings = pool.searches, list[str]()
-    if trained:
-        names = [task.name for task in pool.tasks]
-        fresh = [one for one in chosen if not any(names[owner] in trained for owner in one.owners)]
-        if sum(any(len(pool.vectors[owner]) > 1 for owner in one.owners) for one in fresh) >= _ENOUGH:
-            chosen = fresh
-        else:
-            warnings.append(
-                "the encoder was trained on most of these samples: prompts will score lower than they do, and more of "
-                "them be left to the base model"
-            )
-    if len(chosen) > _MOST_SEARCHES:
-        drawn = np.random.default_rng(seed).choice(len(chosen), _MOST_SEARCHES, replace=False)
-        chosen = [chosen[place] for place in sorted(drawn)]
-    return chosen, warnings
-
-
 def _bound(scores: NDArray[np.float64], wanted: int) -> float | None:
     """The ``wanted``-th smallest, rounded down: a score that is rounded itself shall not fall below its own bound."""
     if not wanted:
@@ -281,24 +232,5 @@ def _bound(scores: NDArray[np.float64], wanted: int) -> float | None:
     return math.floor(float(np.sort(scores)[wanted - 1]) * 10**_DIGITS) / 10**_DIGITS
 
 
-def _without(whole: Profile | None, sample: Grams) -> Profile | None:
-    """An adapter's profile with one of its samples left out."""
-    if whole is None or whole.samples < 2:
-        return None
-    if not len(sample):  # it was never part of it
-        return whole
-    counts = whole.counts.copy()
-    counts[np.searchsorted(whole.grams, sample)] -= 1
-    shares = counts / np.float64(whole.samples - 1)
-    norm = float(np.sqrt(shares @ shares))
-    return Profile(whole.grams, counts, whole.samples - 1, norm) if norm > 0 else None
-
-
 def _known(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     return rows[~np.isnan(rows).any(axis=1)]
-
-
-def _unit(vector: NDArray[np.float64]) -> NDArray[np.float64]:
-    # Left as it is where it has no direction: its cosines are 0.
-    length = float(np.linalg.norm(vector))
-    return vector / length if length > 1e-12 else vector

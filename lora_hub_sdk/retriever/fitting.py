@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Final
 
@@ -71,13 +71,32 @@ def fitting_hits(
         profiles: gives the profiles of adapters by id.
     """
     kept: list[list[Hit]] = []
+    for prompt, hits, known in _with_profiles(prompts, [hits[:CANDIDATES] for hits in found], profiles):
+        fits = rule.fits([hit.score for hit in hits], prompt, known)
+        kept.append([hit for hit, fit in zip(hits, fits, strict=True) if fit])
+    return kept
+
+
+def hit_wordings(
+    prompts: Sequence[str],
+    found: Sequence[Sequence[Hit]],
+    profiles: Callable[[Iterable[Adapter]], Mapping[int, Profile | None]],
+) -> list[NDArray[np.float64]]:
+    """The ``wording`` of each prompt's hits among these, (hits,)."""
+    return [wording(prompt, known) for prompt, _, known in _with_profiles(prompts, found, profiles)]
+
+
+def _with_profiles(
+    prompts: Sequence[str],
+    found: Sequence[Sequence[Hit]],
+    profiles: Callable[[Iterable[Adapter]], Mapping[int, Profile | None]],
+) -> Iterator[tuple[Grams, Sequence[Hit], list[Profile | None]]]:
+    """Each prompt's n-grams, its hits, and their profiles."""
     for start in range(0, len(prompts), _PROMPTS):
-        rows = [hits[:CANDIDATES] for hits in found[start : start + _PROMPTS]]
+        rows = found[start : start + _PROMPTS]
         known = profiles(hit.adapter for hits in rows for hit in hits)
         for prompt, hits in zip(prompts[start : start + _PROMPTS], rows, strict=True):
-            fits = rule.fits([hit.score for hit in hits], grams(prompt), [known[hit.adapter.id] for hit in hits])
-            kept.append([hit for hit, fit in zip(hits, fits, strict=True) if fit])
-    return kept
+            yield grams(prompt), hits, [known[hit.adapter.id] for hit in hits]
 
 
 def wording(prompt: Grams, profiles: Sequence[Profile | None]) -> NDArray[np.float64]:

@@ -79,8 +79,8 @@ def desk(router: Router, gate: Gate) -> Iterator[RoutingDesk]:
     opened.close()
 
 
-def _by(router: Router) -> Callable[[Sequence[str], str | os.PathLike[str], Routing], list[Route]]:
-    return lambda prompts, base, routing: router.route(prompts, os.fspath(base), routing)
+def _by(router: Router) -> Callable[[Sequence[str], str | os.PathLike[str] | None, Routing], list[Route]]:
+    return lambda prompts, base, routing: router.route(prompts, None if base is None else os.fspath(base), routing)
 
 
 def _held_up(desk: RoutingDesk, gate: Gate) -> Future[list[Route]]:
@@ -169,7 +169,7 @@ def test_routes_that_need_no_search_do_not_wait_for_those_that_do(desk: RoutingD
 def test_a_large_call_holds_up_no_small_one(router: Router) -> None:
     released, routed = threading.Event(), _by(router)
 
-    def slow_for_many(prompts: Sequence[str], base: str | os.PathLike[str], routing: Routing) -> list[Route]:
+    def slow_for_many(prompts: Sequence[str], base: str | os.PathLike[str] | None, routing: Routing) -> list[Route]:
         assert len(prompts) < 100 or released.wait(60)
         return routed(prompts, base, Routing("base"))
 

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_hub_sdk.composition import STRATEGIES, get_strategy, route_from_hits
-from lora_hub_sdk.composition.strategies import check_routing, similarity, uniform
+from lora_hub_sdk.composition.strategies import check_routing
+from lora_hub_sdk.composition.weighting import similarity, uniform
 from lora_hub_sdk.errors import ConfigurationError, UnknownStrategyError
 from lora_hub_sdk.types import Hit, Routing
 from tests.support import bare_adapter
@@ -47,6 +48,11 @@ def test_weights_are_a_distribution_in_the_order_of_scores(scores: list[float]) 
     assert ranked == sorted(ranked, reverse=True)
 
 
+def test_an_adapter_without_weight_is_left_out_of_its_route() -> None:
+    members = route_from_hits(get_strategy("mixture"), HITS, [0.7, 0.0, 0.3]).members
+    assert [(member.adapter.name, member.weight) for member in members] == [("a", 0.7), ("c", 0.3)]
+
+
 def test_an_unknown_strategy_is_named_with_those_that_exist() -> None:
     with pytest.raises(UnknownStrategyError, match="selection") as caught:
         get_strategy("soup")
@@ -65,6 +71,12 @@ def test_an_unknown_strategy_is_named_with_those_that_exist() -> None:
         Routing(weights="heavy"),
         Routing(adapters=()),
         Routing(strategy="selection", adapters=("a", "b")),
+        Routing(adapter_weights=(1.0,)),
+        Routing(adapters=("a", "b"), adapter_weights=(1.0,)),
+        Routing(adapters=("a", "b"), adapter_weights=(1.0, float("nan"))),
+        Routing(adapters=("a", "b"), adapter_weights=(1.0, True)),
+        Routing(adapters=("a", "b"), adapter_weights=(0.0, 0)),
+        Routing(adapters=("a",), adapter_weights=0.5),  # type: ignore[arg-type]
     ],
 )
 def test_options_that_make_no_sense_are_refused(routing: Routing) -> None:

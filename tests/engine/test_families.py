@@ -25,8 +25,8 @@ from lora_hub_sdk.models import resolve_model
 from lora_hub_sdk.testing import tiny_adapter
 from lora_hub_sdk.testing.families import FAMILIES, Family, tiny_family
 from lora_hub_sdk.types import Adapter, Route, Sampling
-from tests.engine.test_exactness import Passes
 from tests.engine.peft_layers import PeftReference
+from tests.engine.test_exactness import Passes
 from tests.support import DenseReference, adapter_at, relative_error, route_of
 
 PROMPTS: Final = ["a", "some longer prompt", "the third one, which is longer than the others", "b c d e", "f", "g h"]

@@ -20,6 +20,7 @@ STATE = EngineState(
     running=3,
     kv_places=600,
     max_kv_places=65536,
+    base_bytes=269_000_000,
     host=TierState(held_bytes=1000, budget_bytes=4000, adapters=2, evictions=5),
     device=TierState(held_bytes=300, budget_bytes=900, adapters=1, evictions=9),
 )
@@ -84,6 +85,7 @@ def test_prometheus_reads_what_happened() -> None:
         ("running",): 3,
         ("kv_places",): 600,
         ("max_kv_places",): 65536,
+        ("base_bytes",): 269_000_000,
         ("tier_bytes", "host"): 1000,
         ("tier_budget_bytes", "host"): 4000,
         ("tier_adapters", "device"): 1,
@@ -162,6 +164,7 @@ def test_the_snapshot_tells_what_is_held_and_what_was_found() -> None:
     stats = metrics.stats()
     assert (stats.device_hit_rate, stats.host_hit_rate) == (0.6, 0.75)
     assert (stats.waiting, stats.running, stats.kv_places, stats.max_kv_places) == (7, 3, 600, 65536)
+    assert stats.base_bytes == 269_000_000
     assert (stats.host, stats.device) == (STATE.host, STATE.device)
     assert json.loads(json.dumps(stats.as_dict()))["host"]["held_bytes"] == 1000
 

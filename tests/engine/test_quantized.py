@@ -23,8 +23,8 @@ from lora_hub_sdk.models import resolve_model
 from lora_hub_sdk.testing import tiny_adapter
 from lora_hub_sdk.testing.families import FAMILIES, tiny_family
 from lora_hub_sdk.types import Adapter, Route, Sampling
-from tests.engine.test_exactness import Passes
 from tests.engine.peft_layers import PeftReference
+from tests.engine.test_exactness import Passes
 from tests.engine.test_families import PROMPTS, TOKEN, VARIANTS
 from tests.support import adapter_at, relative_error, route_of
 

@@ -328,7 +328,7 @@ def test_64_tasks_are_one_batch_and_the_loop_turns_all_the_while(crowded: tuple[
 
 
 def test_cancelling_one_task_frees_its_row_and_no_other(endless: LoraRetrieverLLM, hub: LoraHub) -> None:
-    engine = hub.engine(endless.base_model)
+    engine = hub.engine(str(endless.base_model))
     whole = endless.invoke("Say hello", max_new_tokens=200)
 
     async def cancel() -> None:
@@ -348,7 +348,7 @@ def test_cancelling_one_task_frees_its_row_and_no_other(endless: LoraRetrieverLL
 
 
 def test_leaving_an_asynchronous_stream_frees_its_row(endless: LoraRetrieverLLM, hub: LoraHub) -> None:
-    engine = hub.engine(endless.base_model)
+    engine = hub.engine(str(endless.base_model))
 
     async def leave() -> None:
         pieces: Any = endless.astream("Say thanks")
