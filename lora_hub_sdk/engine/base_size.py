@@ -43,6 +43,8 @@ def estimated_bytes(folder: Path, settings: ModelSettings) -> int:
     if on_cpu and settings.quantization is None and asked in ("float32", "bfloat16"):
         linear += 0.0 if has_head else max(tables)  # a head that shares its weight with a table is packed by itself
         whole += linear if linear <= PACKED_BYTES else 0.0
+    if on_cpu and settings.quantization == "4bit" and asked == "bfloat16":
+        whole += linear / _BYTES[asked] * _QUANTIZED["4bit"]
     return round(whole)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_hub_sdk.engine.batch_lora import BatchLora
@@ -42,11 +43,12 @@ class LoraLayers:
         embedding: str | None = None,
     ) -> None:
         self._pool, self._modules = pool, modules
+        # Apart from this object, which its forwards must not keep: a model in a cycle stays until a collection.
+        self._turn = _Turn()
         self._biases: dict[str, Any] = {path: getattr(modules[path], "bias", None) for path in products}
-        self._forwards = [(modules[path], self._forward(path, product)) for path, product in products.items()]
+        self._forwards = [(modules[path], _linear(path, product, self._turn)) for path, product in products.items()]
         if embedding is not None:
-            self._forwards.append((modules[embedding], self._embed(embedding)))
-        self._active: _Pass | None = None
+            self._forwards.append((modules[embedding], _embedding(embedding, modules[embedding], self._turn)))
 
     @contextmanager
     def apply(self, batch: BatchLora, tokens: int) -> Iterator[None]:
@@ -54,9 +56,12 @@ class LoraLayers:
         if batch.tables is None:
             batch.tables = {} if batch.empty else self._pool.members_of(batch.digests)
         extras = {digest: one for digest, one in self._pool.extras.items() if digest in batch.digests}
-        self._active = _Pass(batch, batch.tables, tokens, extras, self._biases)
+        self._turn.now = _Pass(batch, batch.tables, tokens, extras, self._biases)
         norms = {path for one in extras.values() for path in one.norms}
-        forwards = [*self._forwards, *((self._modules[path], self._norm(path)) for path in norms)]
+        forwards = [
+            *self._forwards,
+            *((self._modules[path], _norm(path, self._modules[path], self._turn)) for path in norms),
+        ]
         try:
             for module, forward in forwards:
                 module.__dict__["forward"] = forward
@@ -64,39 +69,48 @@ class LoraLayers:
         finally:
             for module, _ in forwards:
                 module.__dict__.pop("forward", None)
-            self._active = None
+            self._turn.now = None
 
-    def _forward(self, path: str, product: Product) -> Callable[[Tensor], Tensor]:
-        def forward(x: Tensor) -> Tensor:
-            assert self._active is not None, "only a pass calls it"
-            output = product(x)
-            self._active.add_(path, x, output)
-            return output
 
-        return forward
+@dataclass(slots=True)
+class _Turn:
+    """The pass that is going on."""
 
-    def _embed(self, path: str) -> Callable[[Tensor], Tensor]:
-        own = self._modules[path].forward
-        # Gemma's multiplies what it looks up.
-        scale: Any = getattr(self._modules[path], "embed_scale", None)
+    now: _Pass | None = None
 
-        def forward(ids: Tensor) -> Tensor:
-            assert self._active is not None, "only a pass calls it"
-            output: Tensor = own(ids)
-            self._active.embed_(path, ids, output, scale)
-            return output
 
-        return forward
+def _linear(path: str, product: Product, turn: _Turn) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        assert turn.now is not None, "only a pass calls it"
+        output = product(x)
+        turn.now.add_(path, x, output)
+        return output
 
-    def _norm(self, path: str) -> Callable[[Tensor], Tensor]:
-        """Of a norm that some adapter replaces: one pass with each row's own parameters."""
-        module = self._modules[path]
+    return forward
 
-        def forward(x: Tensor) -> Tensor:
-            assert self._active is not None, "only a pass calls it"
-            return self._active.normed(path, x, module)
 
-        return forward
+def _embedding(path: str, module: nn.Module, turn: _Turn) -> Callable[[Tensor], Tensor]:
+    own = module.forward
+    # Gemma's multiplies what it looks up.
+    scale: Any = getattr(module, "embed_scale", None)
+
+    def forward(ids: Tensor) -> Tensor:
+        assert turn.now is not None, "only a pass calls it"
+        output: Tensor = own(ids)
+        turn.now.embed_(path, ids, output, scale)
+        return output
+
+    return forward
+
+
+def _norm(path: str, module: nn.Module, turn: _Turn) -> Callable[[Tensor], Tensor]:
+    """Of a norm that some adapter replaces: one pass with each row's own parameters."""
+
+    def forward(x: Tensor) -> Tensor:
+        assert turn.now is not None, "only a pass calls it"
+        return turn.now.normed(path, x, module)
+
+    return forward
 
 
 class _Pass:
