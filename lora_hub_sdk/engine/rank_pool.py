@@ -194,8 +194,12 @@ class RankPool:
         return held.rows
 
     def members_of(self, digests: Iterable[str]) -> dict[str, tuple[Table, int]]:
-        """As ``members``, of the tables that any of these adapters has a part in."""
-        groups = {group for digest in digests for group in self._held[digest].groups}
+        """As ``members``, of the tables that any of these adapters has a part in.
+
+        One that is no longer here had its last user go; the row it was for is not read any more.
+        """
+        held = (self._held[digest] for digest in digests if digest in self._held)
+        groups = {group for one in held for group in one.groups}
         return {path: found for path, found in self.members.items() if found[0].paths in groups}
 
     def prove(self, factors: AdapterFactors) -> None:

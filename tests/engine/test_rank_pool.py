@@ -223,3 +223,16 @@ def test_scales_are_applied_in_float32_and_cast_once(dtype: torch.dtype) -> None
         a, b = factors_at(pool, path)
         assert a[rows].equal(own.a.to(dtype))
         assert b[rows].equal((own.b.T * own.scale).to(dtype))
+
+
+def test_a_batch_is_given_the_tables_that_its_own_adapters_have_and_nothing_for_one_that_left() -> None:
+    pool = pool_of()
+    for adapter in ADAPTERS:
+        pool.pin(adapter)
+    only_o, q_and_v = ADAPTERS[2], ADAPTERS[1]
+    assert pool.members_of([only_o.digest]).keys() == {"o"}
+    assert pool.members_of([q_and_v.digest]).keys() == {"q", "k", "v"}  # k shares their input, and its rows are zeros
+    assert pool.members_of([only_o.digest, q_and_v.digest]).keys() == pool.members.keys()
+    pool.unpin(only_o.digest)
+    assert pool.discard(only_o.digest)
+    assert pool.members_of([only_o.digest]) == {}  # its row was cancelled while its prompt was being read

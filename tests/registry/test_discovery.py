@@ -105,7 +105,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "without-a-base": ({"base_model_name_or_path": None}, "base model ''"),
     "of-a-folder-here": ({"base_model_name_or_path": "."}, "base model"),
     "of-a-user-here": ({"base_model_name_or_path": "~nobody-at-all"}, "~nobody-at-all"),
-    "dora": ({"use_dora": True}, "use_dora"),
+    "corda": ({"init_lora_weights": "corda"}, "init_lora_weights"),
     "not-lora": ({"peft_type": "IA3"}, "IA3"),
     "no-rank": ({"r": 0}, "r is 0"),
     "too-large": ({"r": 100_000}, "100000"),
