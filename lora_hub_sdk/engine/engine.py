@@ -318,9 +318,12 @@ def _fitted(
 
     def loaded(adapter: Adapter) -> AdapterFactors | Unverified:
         found = load(adapter)
-        if isinstance(found, Unverified):
-            return replace(found, factors=fitting.fit(found.factors))
-        return fitting.fit(found)
+        plain = found.factors if isinstance(found, Unverified) else found
+        fitted = fitting.fit(plain)
+        if fitted is plain:
+            return found
+        give_threads_back()  # fitting computes, and the engine's steps need all cores
+        return replace(found, factors=fitted) if isinstance(found, Unverified) else fitted
 
     return loaded
 

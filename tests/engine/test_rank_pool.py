@@ -226,7 +226,7 @@ def test_scales_are_applied_in_float32_and_cast_once(dtype: torch.dtype) -> None
 
 
 def test_a_batch_is_given_the_tables_that_its_own_adapters_have_and_nothing_for_one_that_left() -> None:
-    pool = pool_of()
+    pool = pool_of(1 << 20)
     for adapter in ADAPTERS:
         pool.pin(adapter)
     only_o, q_and_v = ADAPTERS[2], ADAPTERS[1]
