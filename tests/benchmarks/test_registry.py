@@ -31,7 +31,7 @@ def test_one_report_with_every_case_of_every_size(measured: Report) -> None:
 
     assert report.keys() == {"machine", "settings", "register", "sizes"}
     assert report["machine"].keys() >= {"cpu", "chromadb", "sqlite"}
-    assert len(report["register"]["rates"]) == 7
+    assert len(report["register"]["rates"]) == 9
     assert all(rate["per_s"] > 0 for rate in report["register"]["rates"])
     (size,) = report["sizes"]
     assert (size["adapters"], size["filled_by"]) == (50, "Registry.add")
