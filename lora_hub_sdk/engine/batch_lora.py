@@ -116,7 +116,7 @@ class BatchLora:
         if path not in self._saved:
             import torch
 
-            shares = {digest: self._shares_of(digest) for digest, one in extras.items() if path in one.saved}
+            shares = {digest: self._shares[digest] for digest, one in extras.items() if path in one.saved}
             self._saved[path] = [
                 Saved(extras[digest].saved[path], self._index(list(own)), self._weights(torch.tensor([*own.values()])))
                 for digest, own in shares.items()
@@ -148,20 +148,20 @@ class BatchLora:
             return None
         matrix = torch.zeros(len(self.rows), len(tensors))
         for place, digest in enumerate(tensors):
-            for row, share in self._shares_of(digest).items():
+            for row, share in self._shares[digest].items():
                 matrix[row, place] = share
         if not bool(matrix.any()):
             return None
         return matrix.to(self.device) @ torch.stack(list(tensors.values()))
 
-    def _shares_of(self, digest: str) -> dict[int, float]:
-        """The rows that have an adapter, and its weight in each."""
-        return {
-            place: share
-            for place, row in enumerate(self.rows)
-            for own, share in zip(row.terms.digests, row.terms.shares, strict=True)
-            if own == digest
-        }
+    @cached_property
+    def _shares(self) -> dict[str, dict[int, float]]:
+        """For each adapter the rows that have it, and its weight in each."""
+        found: dict[str, dict[int, float]] = {}
+        for place, row in enumerate(self.rows):
+            for digest, share in zip(row.terms.digests, row.terms.shares, strict=True):
+                found.setdefault(digest, {})[place] = share
+        return found
 
     # -- gates --------------------------------------------------------------------------------------------------------
 
@@ -179,25 +179,19 @@ class BatchLora:
         members = max(len(row.terms.digests) for row in self.rows)
         width = max(len(row.ranks) for row in self.rows)
         present = torch.zeros(len(self.rows), members, dtype=torch.bool)
-        slots: list[list[int]] = []
-        mine: list[list[bool]] = []
+        slots: list[int] = []
+        mine: list[bool] = []
         for place, row in enumerate(self.rows):
             own = row.gate == gate
             if own:
                 present[place, : len(row.terms.digests)] = True
             missing = width - len(row.ranks) if padded else 0
             base = 0 if padded else place * members
-            slots.append([*(base + owner for owner in row.terms.owners), *[0] * missing])
-            mine.append([own] * len(row.ranks) + [False] * missing)
-        if padded:
-            return Gating(gate, present.to(self.device), self._index(slots), torch.tensor(mine, device=self.device))
-        flat = [one for row in mine for one in row]
-        return Gating(
-            gate,
-            present.to(self.device),
-            self._index([one for row in slots for one in row]),
-            torch.tensor(flat, dtype=torch.bool, device=self.device),
-        )
+            slots += [*(base + owner for owner in row.terms.owners), *[0] * missing]
+            mine += [own] * len(row.ranks) + [False] * missing
+        shape = (len(self.rows), width) if padded else (-1,)
+        owned = torch.tensor(mine, dtype=torch.bool, device=self.device)
+        return Gating(gate, present.to(self.device), self._index(slots).view(shape), owned.view(shape))
 
     # -- shared -------------------------------------------------------------------------------------------------------
 
