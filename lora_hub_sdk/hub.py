@@ -20,6 +20,7 @@ from lora_hub_sdk.engine.engines import Engines, Making
 from lora_hub_sdk.engine.settings import EngineSettings
 from lora_hub_sdk.errors import AdapterChangedError, ConfigurationError, LoraHubError
 from lora_hub_sdk.intake import AdapterRequest, Intake, Reference, RegisterOutcome
+from lora_hub_sdk.messages import Piece, Prompt, text_of
 from lora_hub_sdk.models import BaseModels
 from lora_hub_sdk.registry.admission import Limits
 from lora_hub_sdk.registry.card_samples import card_samples
@@ -585,7 +586,7 @@ class LoraHub:
 
     def route(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         base_model: Reference | None = None,
         routing: Routing | Sequence[Routing] | None = None,
@@ -874,7 +875,7 @@ class LoraHub:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         base_model: Reference | None = None,
         routing: Routing | Sequence[Routing] | None = None,
@@ -884,7 +885,7 @@ class LoraHub:
         settings: ModelSettings | None = None,
         timeout_s: float | Sequence[float | None] | None = None,
     ) -> Completions:
-        """Route all prompts and answer them together, each with its own adapters.
+        """Route all prompts, texts or conversations, and answer them together, each with its own adapters.
 
         Calls from any number of threads and asyncio tasks share the engine's batches.
 
@@ -916,7 +917,7 @@ class LoraHub:
 
     async def agenerate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         base_model: Reference | None = None,
         routing: Routing | Sequence[Routing] | None = None,
@@ -935,7 +936,7 @@ class LoraHub:
 
     def stream(
         self,
-        prompt: str,
+        prompt: Prompt,
         *,
         base_model: Reference | None = None,
         routing: Routing | None = None,
@@ -944,8 +945,8 @@ class LoraHub:
         overflow: Overflow = "cut",
         settings: ModelSettings | None = None,
         timeout_s: float | None = None,
-    ) -> Generator[str | Completion]:
-        """As ``generate`` for one prompt: pieces of text as they become final, then the whole completion.
+    ) -> Generator[Piece | Completion]:
+        """As ``generate`` for one prompt: pieces of text and calls as they become final, then the whole completion.
 
         Closing the iterator before its end gives the prompt up.
         """
@@ -960,7 +961,7 @@ class LoraHub:
 
     async def astream(
         self,
-        prompt: str,
+        prompt: Prompt,
         *,
         base_model: Reference | None = None,
         routing: Routing | None = None,
@@ -969,7 +970,7 @@ class LoraHub:
         overflow: Overflow = "cut",
         settings: ModelSettings | None = None,
         timeout_s: float | None = None,
-    ) -> AsyncGenerator[str | Completion]:
+    ) -> AsyncGenerator[Piece | Completion]:
         """As ``stream``, without ever blocking the event loop. Cancelling the task that reads gives the prompt up."""
         call = Call.of([prompt], base_model, routing, sampling, timeout_s, template, overflow)
         routes = await self._aroutes(call, _settings(settings))
@@ -1061,7 +1062,7 @@ class LoraHub:
     def _routes(self, call: Call, settings: ModelSettings | None = None) -> Routes:
         found: dict[int, Route] = {}
         for routing, places in call.groups():
-            asked, routing = [call.prompts[place] for place in places], self._with_loaded(routing, settings)
+            asked, routing = [text_of(call.prompts[place]) for place in places], self._with_loaded(routing, settings)
             routes = self._desk.route(asked, call.base_model, routing, timeout_s=call.left_s())
             found.update(zip(places, routes, strict=True))
         return [found[place] for place in range(len(call.prompts))]
@@ -1069,7 +1070,7 @@ class LoraHub:
     async def _aroutes(self, call: Call, settings: ModelSettings | None = None) -> Routes:
         found: dict[int, Route] = {}
         for routing, places in call.groups():
-            asked, routing = [call.prompts[place] for place in places], self._with_loaded(routing, settings)
+            asked, routing = [text_of(call.prompts[place]) for place in places], self._with_loaded(routing, settings)
             routes = await self._desk.aroute(asked, call.base_model, routing, timeout_s=call.left_s())
             found.update(zip(places, routes, strict=True))
         return [found[place] for place in range(len(call.prompts))]

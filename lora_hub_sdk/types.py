@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final, Literal, TypedDict
 
+from lora_hub_sdk.messages import InvalidToolCall, ToolCall
+
 #: Where a route's adapters are averaged: in the outputs of each layer, in the parameters A and B, or in the outputs
 #: with weights that a trained gate finds for each token and layer.
 Averaged = Literal["outputs", "parameters", "tokens"]
@@ -240,8 +242,23 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer's text has to be; tokens that would lead away from it are never chosen.
+
+    ``text`` is a JSON schema ("json_schema"), a regular expression of the whole answer ("regex"), a grammar in the
+    form of llguidance's Lark ("lark"), or nothing ("json": any JSON object).
+    """
+
+    kind: Literal["json", "json_schema", "regex", "lark"]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen for one row. ``temperature=0`` is greedy; ``seed`` makes a row repeatable by itself."""
+    """How tokens are chosen for one row. ``temperature=0`` is greedy; ``seed`` makes a row repeatable by itself.
+
+    Where a conversation has tools, ``constraint`` is for the answers that are no calls.
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -249,6 +266,7 @@ class Sampling:
     top_k: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,9 +332,14 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer. ``finish_reason`` is "stop" (end of text or a stop string) or "length"."""
+    """One answer. ``finish_reason`` is "stop" (end of text or a stop string) or "length".
+
+    Where the prompt was a conversation with tools, ``text`` is what stands beside the calls.
+    """
 
     text: str
     finish_reason: FinishReason
     usage: Usage
     trace: Trace
+    tool_calls: tuple[ToolCall, ...] = ()
+    invalid_tool_calls: tuple[InvalidToolCall, ...] = ()

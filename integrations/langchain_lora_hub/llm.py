@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, closing
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput
@@ -14,42 +14,14 @@ from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import get_config_list
-from pydantic import ConfigDict, Field, PrivateAttr
+from pydantic import ConfigDict, PrivateAttr
 
-from lora_hub_sdk.composition.router import check_base
-from lora_hub_sdk.composition.strategies import check_routing
-from lora_hub_sdk.engine.base_model import ModelSettings
-from lora_hub_sdk.engine.call import check_timeout
-from lora_hub_sdk.engine.sampling import check_sampling
-from lora_hub_sdk.errors import ConfigurationError
-from lora_hub_sdk.hub import LoraHub
+from lora_hub_sdk.faces.answer_fields import CALL, MODEL, PROMPT, ROUTING, SAMPLING, AnswerFields
 from lora_hub_sdk.models import canonical_name, weights_fingerprint
-from lora_hub_sdk.types import DEFAULT_NAMESPACE, Completion, MinScore, Routing, Sampling, Trust, Usage
-
-_ROUTING: Final = (
-    "strategy",
-    "k",
-    "weights",
-    "min_score",
-    "adapters",
-    "adapter_weights",
-    "exclude",
-    "namespace",
-    "licenses",
-    "scores",
-    "min_trust",
-    "rerank",
-    "bases",
-    "adapter_tags",
-)
-_SAMPLING: Final = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
-_PROMPT: Final = ("template", "overflow")
-#: What may be given for one call. ``timeout_s`` changes no answer, so it is in no key of a cache.
-_CALL: Final = (*_ROUTING, *_SAMPLING, *_PROMPT, "timeout_s")
-_MODEL: Final = ("dtype", "device", "quantization")
+from lora_hub_sdk.types import Completion, Usage
 
 
-class LoraRetrieverLLM(BaseLLM):
+class LoraRetrieverLLM(AnswerFields, BaseLLM):
     """Finds for each prompt the adapters that fit, composes them, and answers all prompts of a call in one batch.
 
     ``invoke``, ``batch``, ``ainvoke``, ``abatch``, ``stream`` and ``astream`` work as with any LangChain model; all
@@ -69,60 +41,13 @@ class LoraRetrieverLLM(BaseLLM):
         UnknownStrategyError, ConfigurationError: at construction, for values that no call could use.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+    model_config = ConfigDict(extra="forbid")
 
-    hub: LoraHub = Field(exclude=True)
-    #: A folder, a Hub id, or "smollm2-135m-instruct". None leaves it to each prompt's nearest adapter.
-    base_model: str | Path | None = None
-    #: Where ``base_model`` is None, those that may be chosen: names, "loaded", or None for all.
-    bases: tuple[str, ...] | Literal["loaded"] | None = None
-    strategy: str = "mixture"
-    k: int = 3
-    #: "uniform", "similarity", or "fitted", "sparse" or "gate" as ``hub.fit_weights`` found them.
-    weights: str = "uniform"
-    #: Hits below this cosine are dropped; a prompt that keeps none is answered by the base model. "auto" drops those
-    #: below the bound that ``hub.calibrate`` found.
-    min_score: float | Literal["auto"] | None = None
-    #: Names of registered adapters: pins the route and skips the search.
-    adapters: tuple[str, ...] | None = None
-    #: One for each of ``adapters``, any finite numbers; None weighs these alike.
-    adapter_weights: tuple[float, ...] | None = None
-    exclude: tuple[str, ...] = ()
-    namespace: str = DEFAULT_NAMESPACE
-    #: A file that ``hub.train_gate`` wrote, for strategy "ramole": the hub uses it for this base model from now on.
-    gate: str | Path | None = None
-    #: Only adapters that carry all of these tags (``tags`` itself is LangChain's).
-    adapter_tags: tuple[str, ...] = ()
-    #: Only adapters under one of these licences, and with all of these scores.
-    licenses: tuple[str, ...] = ()
-    scores: tuple[MinScore, ...] = ()
-    #: "high" leaves out adapters whose vectors come from cards or guesses, "medium" guesses.
-    min_trust: Trust = "low"
-    #: Whether the nearest adapters come in the order of their words too; None is what the hub was opened with.
-    rerank: bool | None = None
-    #: "auto": the tokenizer's chat template where it has one. None: the prompt goes in as it is.
-    template: Literal["auto", "chat", "alpaca", "adapter"] | Callable[[str], str] | None = "auto"
-    #: A prompt longer than the context loses its front ("cut") or is refused.
-    overflow: Literal["cut", "refuse"] = "cut"
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    #: Seconds for a call's answers, routing and loading included; ``DeadlineExceededError`` after that.
-    timeout_s: float | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = "auto"
-    quantization: Literal["8bit", "4bit"] | None = None
     _identity: dict[str, Any] | None = PrivateAttr(None)
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)
-        # Here and not in a validator, which would wrap our errors into its own.
-        self._call({})
-        if self.gate is not None:
-            self.hub.use_gate(self.gate, base_model=self.base_model)
+        self.use_fields()
 
     @property
     def _llm_type(self) -> str:
@@ -133,7 +58,7 @@ class LoraRetrieverLLM(BaseLLM):
         """The key of LangChain's cache: everything that may change an answer, the registry's content included."""
         if self._identity is not None:
             return self._identity
-        fields = {name: getattr(self, name) for name in (*_ROUTING, *_SAMPLING, *_PROMPT, *_MODEL)}
+        fields = {name: getattr(self, name) for name in (*ROUTING, *SAMPLING, *PROMPT, *MODEL)}
         if callable(self.template):
             fields["template"] = f"{self.template.__module__}.{self.template.__qualname__}@{id(self.template)}"
         bases = self._bases() if self.base_model is None else (self.base_model,)
@@ -232,11 +157,11 @@ class LoraRetrieverLLM(BaseLLM):
 
     def _taken(self, kwargs: dict[str, Any]) -> tuple[LoraRetrieverLLM, dict[str, Any]]:
         """This model with what is given for one call, and what of it is LangChain's."""
-        own = {name: value for name, value in kwargs.items() if name in _CALL}
+        own = {name: value for name, value in kwargs.items() if name in CALL}
         rest = {name: value for name, value in kwargs.items() if name not in own}
         if own.get("bases", self.bases) == "loaded":
             # Which they are must be the same where the cache is asked and where the prompt is routed.
-            own["bases"] = self.hub.loaded_bases(self._settings()) or "loaded"
+            own["bases"] = self.hub.loaded_bases(self.settings) or "loaded"
         return (self.model_copy(update=own) if own else self), rest
 
     async def _identified(self) -> LoraRetrieverLLM:
@@ -252,7 +177,7 @@ class LoraRetrieverLLM(BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        return self._result(self.hub.generate(prompts, **self._call(kwargs, stop)))
+        return self._result(self.hub.generate(prompts, **self.asked(kwargs, stop)))
 
     async def _agenerate(
         self,
@@ -261,7 +186,7 @@ class LoraRetrieverLLM(BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        return self._result(await self.hub.agenerate(prompts, **self._call(kwargs, stop)))
+        return self._result(await self.hub.agenerate(prompts, **self.asked(kwargs, stop)))
 
     def _stream(
         self,
@@ -270,7 +195,7 @@ class LoraRetrieverLLM(BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        with closing(self.hub.stream(prompt, **self._call(kwargs, stop))) as pieces:
+        with closing(self.hub.stream(prompt, **self.asked(kwargs, stop))) as pieces:
             for piece in pieces:
                 chunk = _chunk(piece)
                 if chunk.text and run_manager is not None:
@@ -284,7 +209,7 @@ class LoraRetrieverLLM(BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        async with aclosing(self.hub.astream(prompt, **self._call(kwargs, stop))) as pieces:
+        async with aclosing(self.hub.astream(prompt, **self.asked(kwargs, stop))) as pieces:
             async for piece in pieces:
                 chunk = _chunk(piece)
                 if chunk.text and run_manager is not None:
@@ -302,51 +227,13 @@ class LoraRetrieverLLM(BaseLLM):
     def _bases(self) -> Sequence[str | Path]:
         """What may be chosen where no base model is asked for."""
         if isinstance(self.bases, str):
-            return self.hub.loaded_bases(self._settings())
+            return self.hub.loaded_bases(self.settings)
         return self.hub.base_models() if self.bases is None else self.bases
 
     def _model_name(self, completions: list[Completion]) -> str:
         if self.base_model is not None:
             return str(self.base_model)
         return ", ".join(sorted({completion.trace.base_model for completion in completions}))
-
-    def _settings(self) -> ModelSettings:
-        return ModelSettings(self.dtype, self.device, self.quantization)
-
-    def _call(self, kwargs: dict[str, Any], stop: list[str] | None = None) -> dict[str, Any]:
-        """What the hub is asked: this object's fields, with those given for one call in their place.
-
-        Raises:
-            ConfigurationError: a keyword that is no field, or a value that makes no sense.
-        """
-        unknown = sorted(kwargs.keys() - {*_CALL})
-        if unknown:
-            raise ConfigurationError(
-                f"{', '.join(unknown)}: cannot be given for one call; these can: {', '.join(_CALL)}"
-            )
-        if stop is not None:
-            kwargs = {**kwargs, "stop": stop}
-        value = {name: kwargs.get(name, getattr(self, name)) for name in _CALL}
-        value["tags"] = value.pop("adapter_tags")
-        for name in ("adapters", "adapter_weights", "exclude", "tags", "licenses", "scores", "stop"):
-            value[name] = None if value[name] is None else tuple(value[name])
-        if value["bases"] is not None and not isinstance(value["bases"], str):
-            value["bases"] = tuple(value["bases"])
-        sampling = Sampling(**{name: value[name] for name in _SAMPLING})
-        routing = Routing(**{name: value[name] for name in (*_ROUTING[:-1], "tags")})
-        check_sampling(sampling)
-        check_routing(routing)
-        check_base(self.base_model, routing)
-        check_timeout(value["timeout_s"])
-        return {
-            "base_model": self.base_model,
-            "settings": self._settings(),
-            "routing": routing,
-            "sampling": sampling,
-            "template": value["template"],
-            "overflow": value["overflow"],
-            "timeout_s": value["timeout_s"],
-        }
 
 
 def _known_by(base_model: str | Path) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lora_hub_sdk.composition.router import check_base
 from lora_hub_sdk.composition.strategies import check_routing
 from lora_hub_sdk.errors import ConfigurationError, DeadlineExceededError
+from lora_hub_sdk.messages import Prompt, text_of
 from lora_hub_sdk.retriever.query import check_prompts
 from lora_hub_sdk.types import Route, Routing, Sampling
 
@@ -33,7 +34,7 @@ class Call:
     ``routings``, ``samplings`` and ``timeouts_s`` have one value for each of them.
     """
 
-    prompts: Sequence[str]
+    prompts: Sequence[Prompt]
     base_model: str | os.PathLike[str] | None
     routings: Sequence[Routing]
     samplings: Sequence[Sampling]
@@ -45,7 +46,7 @@ class Call:
     @classmethod
     def of(
         cls,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         base_model: str | os.PathLike[str] | None,
         routing: Routing | Sequence[Routing] | None = None,
         sampling: Sampling | Sequence[Sampling] | None = None,
@@ -60,7 +61,7 @@ class Call:
             UnknownStrategyError: a routing's.
             EmptyPromptError: a prompt without text.
         """
-        check_prompts(prompts)
+        check_prompts(prompts if isinstance(prompts, str) else [text_of(prompt) for prompt in prompts])
         count = len(prompts)
         timeouts = _each("timeout_s", timeout_s, count, None, (float, int, type(None)))
         for seconds in timeouts:

@@ -11,6 +11,7 @@ from lora_hub_sdk.engine.batch_lora import RowLora
 from lora_hub_sdk.engine.prompt import EncodedPrompt, Overflow, Template
 from lora_hub_sdk.engine.row import Row
 from lora_hub_sdk.engine.ticket import Ticket
+from lora_hub_sdk.messages import Prompt
 from lora_hub_sdk.types import Route, Sampling, Tier, Timing
 
 
@@ -23,7 +24,7 @@ class Request:
         client: whom it counts for where requests take turns; by default each call counts for itself.
     """
 
-    prompt: str
+    prompt: Prompt
     route: Route
     sampling: Sampling = field(default_factory=Sampling)
     template: Template = "auto"

@@ -1,0 +1,1 @@
+"""lora_hub_sdk as a LlamaIndex component."""

@@ -1,0 +1,1 @@
+"""How models write calls of tools, and how what they wrote is read. Pure: neither a model nor a tokenizer is needed."""

@@ -1,0 +1,1 @@
+"""What the faces share: the hub's options as fields, and the forms in which clients write messages and tools."""

@@ -1,0 +1,1 @@
+"""The hub as a server of the Model Context Protocol."""

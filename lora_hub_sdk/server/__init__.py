@@ -1,0 +1,1 @@
+"""The hub over HTTP, in the form of OpenAI's interface."""
