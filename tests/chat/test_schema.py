@@ -1,0 +1,62 @@
+"""Schemas as answers are held to them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lora_hub_sdk.chat.schema import held_schema
+
+
+def _held(schema: dict[str, Any], *, lenient: bool = False) -> dict[str, Any]:
+    held: dict[str, Any] = json.loads(held_schema(schema, lenient=lenient))
+    assert held.pop("x-guidance")["lenient"] == lenient
+    return held
+
+
+def test_objects_have_no_properties_but_their_own_at_any_depth() -> None:
+    inner = {"type": "object", "properties": {"properties": {"type": "string"}}}
+    schema = {
+        "properties": {"a": inner, "b": {"type": "array", "items": inner}, "c": {"anyOf": [inner, {"type": "null"}]}},
+        "$defs": {"D": inner},
+        "default": {"properties": {}},
+    }
+
+    closed = {**inner, "additionalProperties": False}
+    assert _held(schema) == {
+        "properties": {
+            "a": closed,
+            "b": {"type": "array", "items": closed},
+            "c": {"anyOf": [closed, {"type": "null"}]},
+        },
+        "$defs": {"D": closed},
+        "default": {"properties": {}},
+        "additionalProperties": False,
+    }
+
+
+def test_objects_that_may_have_more_stay_open() -> None:
+    schemas: list[dict[str, Any]] = [
+        {"type": "object"},
+        {"properties": {"a": {}}, "additionalProperties": {"type": "integer"}},
+        {"properties": {"a": {}}, "patternProperties": {"^b": {}}},
+        {"properties": {"a": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+        {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]},
+    ]
+    for schema in schemas:
+        assert _held(schema) == schema
+
+
+def test_only_a_lenient_schema_loses_expressions_that_look_around() -> None:
+    schema = {
+        "type": "array",
+        "items": {"type": "string", "pattern": r"^(?!a)\d$"},
+        "prefixItems": [{"pattern": r"(a)\1"}, {"pattern": r"^(?:a|b)\\d+$"}],
+    }
+
+    assert _held(schema) == schema
+    assert _held(schema, lenient=True) == {
+        "type": "array",
+        "items": {"type": "string"},
+        "prefixItems": [{}, {"pattern": r"^(?:a|b)\\d+$"}],
+    }
