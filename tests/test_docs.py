@@ -1,7 +1,8 @@
 """Every snippet in README and docs runs: Python blocks of a page one after another, shell blocks line by line.
 
 They run as a reader would run them, in an empty folder of their own. The only help is a loopback Hub in place of
-huggingface.co, which has the repositories that the pages name.
+huggingface.co, which has the repositories that the pages name. As most of the time is that of starting programs, two
+pages run at a time.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,18 +45,43 @@ def run(command: list[str], environment: dict[str, str], folder: Path, page: Pat
     assert done.returncode == 0, f"{page.name}: {command}\n{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
-def test_python_blocks(page: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    script = tmp_path / "page.py"
+def run_python(page: Path, environment: dict[str, str], folder: Path) -> None:
+    script = folder / "page.py"
     script.write_text("\n\n".join(blocks(page, "python")), "utf-8")
-    run([sys.executable, str(script)], environment, tmp_path, page)
+    run([sys.executable, str(script)], environment, folder, page)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "sh")], ids=lambda page: page.name)
-def test_shell_lines(page: Path, environment: dict[str, str], tmp_path: Path) -> None:
+def run_shell(page: Path, environment: dict[str, str], folder: Path) -> None:
     for line in "\n".join(blocks(page, "sh")).replace("\\\n", "").splitlines():
         if line.strip() and not line.startswith("#") and not NOT_HERE.match(line):
-            run(["bash", "-c", line], environment, tmp_path, page)
+            run(["bash", "-c", line], environment, folder, page)
+
+
+RUNS: dict[str, Callable[[Path, dict[str, str], Path], None]] = {"python": run_python, "sh": run_shell}
+CASES = [(page, language) for page in PAGES for language in RUNS if blocks(page, language)]
+
+
+@pytest.fixture(scope="module")
+def running(
+    request: pytest.FixtureRequest, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[tuple[Path, str], Future[None]]]:
+    """The pages that were chosen, each on its way or done."""
+    chosen = [
+        item.callspec.params["case"]
+        for item in request.session.items
+        if hasattr(item, "callspec") and "case" in item.callspec.params and item.path == Path(__file__)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            (page, language): pool.submit(RUNS[language], page, environment, tmp_path_factory.mktemp(page.stem))
+            for page, language in chosen
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].stem}-{case[1]}")
+def test_page(case: tuple[Path, str], running: dict[tuple[Path, str], Future[None]]) -> None:
+    running[case].result()
 
 
 def test_there_is_something_to_run() -> None:
