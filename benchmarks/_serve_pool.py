@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -9,6 +10,7 @@ from typing import Any, Final
 from benchmarks._workload import Sizes, random_adapters
 from lora_hub_sdk import LoraHub
 from lora_hub_sdk.models import resolve_model
+from lora_hub_sdk.registry.adapter_config import CONFIG_FILE
 from lora_hub_sdk.types import Completion
 
 #: Random adapters change what is told and not how long it is, so that every answer has all the tokens it may have.
@@ -45,11 +47,14 @@ def prompts(count: int) -> list[str]:
 
 
 def fill(database: Path, folder: Path, base_model: str, sizes: Sizes) -> None:
-    """Register an adapter for each theme."""
+    """Register an adapter for each theme, for the base model as it is called here."""
     base = resolve_model(base_model)
     adapters = random_adapters(folder, base.folder, len(THEMES), sizes.rank, dtype="bfloat16")
     with LoraHub(database, offline=True) as hub:
         for theme, adapter in zip(THEMES, adapters, strict=True):
+            config = json.loads((adapter.folder / CONFIG_FILE).read_text("utf-8"))
+            text = json.dumps({**config, "base_model_name_or_path": base.id})
+            (adapter.folder / CONFIG_FILE).write_text(text, "utf-8")
             samples = [way.format(theme) for way in _WAYS]
             hub.register(adapter.folder, name=theme, base_model=base_model, samples=samples)
 

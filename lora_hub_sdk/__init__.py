@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from langchain_lora_hub import LoraRetrieverLLM
+    from langchain_lora_hub import AdapterRetriever, ChatLoraRetriever, LoraRetrieverLLM, adapter_tool, hub_tools
 
     from lora_hub_sdk.composition.export import Exported
     from lora_hub_sdk.composition.ramole import Ramole
@@ -46,10 +46,12 @@ if TYPE_CHECKING:
         Usage,
     )
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 __all__ = [
     "Adapter",
     "AdapterRequest",
+    "AdapterRetriever",
+    "ChatLoraRetriever",
     "Completion",
     "EngineLimits",
     "EngineSettings",
@@ -81,7 +83,9 @@ __all__ = [
     "Trace",
     "TrainingReport",
     "Usage",
+    "adapter_tool",
     "evaluate_retriever",
+    "hub_tools",
     "push_retriever",
     "read_questions",
     "read_tasks",
@@ -124,7 +128,10 @@ _HOME: Final = {
     "push_retriever": "lora_hub_sdk.retriever.publish",
 }
 #: Names from the integrations: (module, extra that installs what it needs).
-_GUESTS: Final = {"LoraRetrieverLLM": ("langchain_lora_hub", "langchain")}
+_GUESTS: Final = dict.fromkeys(
+    ("AdapterRetriever", "ChatLoraRetriever", "LoraRetrieverLLM", "adapter_tool", "hub_tools"),
+    ("langchain_lora_hub", "langchain"),
+)
 
 
 def __getattr__(name: str) -> Any:

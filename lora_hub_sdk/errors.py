@@ -41,11 +41,17 @@ Where people already catch a standard type (``ValueError``, ``LookupError``), th
     │   ├── IndexUnavailableError (ConnectionError)  the server of the vector index does not answer
     │   ├── IndexDamagedError                  a vector index that cannot be read any more
     │   ├── StorageError (OSError)             the database does not answer, is locked, or is full
-    │   └── SchemaError                        a database older or newer than this package
+    │   ├── SchemaError                        a database older or newer than this package
+    │   └── KeyNotFoundError (LookupError)     no API key of that name
+    ├── AccessError                            what a server refuses to a caller
+    │   ├── UnauthorizedError (PermissionError)  no key, or one that is not valid
+    │   ├── MissingRightError (PermissionError)  a key that may not do this
+    │   └── TooManyRequestsError               more than the caller's share
     └── GenerationError
         ├── EmptyPromptError (ValueError)
         ├── PromptTooLongError (ValueError)
         ├── UnsupportedRouteError (ValueError) adapters that cannot be combined as asked
+        ├── UnusableAnswerError (ValueError)   no call of a tool, or no object, where one was asked for
         ├── EngineClosedError (RuntimeError)
         ├── EngineBusyError                    too many requests wait already
         ├── DeadlineExceededError (TimeoutError)
@@ -231,7 +237,7 @@ class AdapterNotFoundError(RegistryError, LookupError):
 
 
 class NameTakenError(RegistryError):
-    """The name already belongs to an adapter with other content."""
+    """The name already belongs to an adapter with other content, or to another API key."""
 
 
 class RetiredError(RegistryError):
@@ -274,6 +280,41 @@ class SchemaError(RegistryError):
     """The database was written by an older or newer version of this package."""
 
 
+class KeyNotFoundError(RegistryError, LookupError):
+    """No API key of that name was ever made."""
+
+
+# -- a server's callers ------------------------------------------------------------------------------------------
+
+
+class AccessError(LoraHubError):
+    """A server refuses a request because of who asks; nothing was started."""
+
+
+class UnauthorizedError(AccessError, PermissionError):
+    """No API key came with the request, or one that is unknown, revoked or expired."""
+
+
+class MissingRightError(AccessError, PermissionError):
+    """The API key is valid, but was not given the right to do this."""
+
+    def __init__(self, right: str, has: Iterable[str]) -> None:
+        self.right = right
+        self.has = tuple(sorted(has))
+        super().__init__(
+            f"this needs the right {right!r}, the API key has {', '.join(self.has) or 'none'}; ask the server's owner "
+            f"for a key made with --right {right}"
+        )
+
+
+class TooManyRequestsError(AccessError):
+    """The caller asks more than its share; ``retry_after_s`` whole seconds later there is room again."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(f"{message}; try again in {retry_after_s} s")
+        self.retry_after_s = retry_after_s
+
+
 # -- generation --------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +344,10 @@ class PromptTooLongError(GenerationError, ValueError):
 
 class UnsupportedRouteError(GenerationError, ValueError):
     """The route's adapters cannot be combined in the way that was asked; each of them can be served otherwise."""
+
+
+class UnusableAnswerError(GenerationError, ValueError):
+    """The answer is complete, or was cut off, and is not the call or the object that was asked for."""
 
 
 class EngineClosedError(GenerationError, RuntimeError):

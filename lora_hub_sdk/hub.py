@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from lora_hub_sdk.engine.gate_training import GateReport, GateRows
     from lora_hub_sdk.engine.metrics import EngineStats
     from lora_hub_sdk.engine.prompt import Overflow, Template
+    from lora_hub_sdk.registry.api_keys import ApiKeys
     from lora_hub_sdk.registry.discovery import Candidate
     from lora_hub_sdk.registry.inspection import Inspection
     from lora_hub_sdk.retriever.calibration import Calibration
@@ -183,6 +184,7 @@ class LoraHub:
         #: Digests of the contents that engines read.
         self._read: set[str] = set()
         self._layouts: dict[str, BaseLayout] = {}
+        self._contexts: dict[str, int] = {}
         self._closed = False
 
     # -- what adapters exist ----------------------------------------------------------------------------------------
@@ -494,6 +496,11 @@ class LoraHub:
         count = switch(self._registry, chosen, embeddings, progress)
         self._encoder.follow(chosen)
         return count
+
+    @property
+    def keys(self) -> ApiKeys:
+        """The API keys with which a server's callers come, each bound to one namespace."""
+        return self._registry.keys
 
     @property
     def digest(self) -> str:
@@ -995,6 +1002,19 @@ class LoraHub:
         """
         return self._engines.use(self._making(base_model, self._base_name(base_model), settings), lambda engine: engine)
 
+    def context(self, base_model: Reference) -> int:
+        """How many tokens a prompt and its answer may have together; the model itself is not loaded for it.
+
+        Raises:
+            ModelNotFoundError: nobody has the model's configuration.
+        """
+        name = self._base_name(base_model)
+        if name not in self._contexts:
+            from lora_hub_sdk.engine.base_model import context_of
+
+            self._contexts[name] = context_of(self._bases.resolve(base_model, config_only=True).folder)
+        return self._contexts[name]
+
     def unload(self, base_model: Reference, *, timeout_s: float | None = None) -> bool:
         """Free a base model's memory, once its engines have answered what they were handed.
 
@@ -1011,9 +1031,9 @@ class LoraHub:
         keys = self._engines.staying()
         return tuple(sorted({name for name, loaded in keys if settings is None or loaded == settings}))
 
-    def base_models(self) -> Names:
-        """The canonical names of the base models that adapters are registered for."""
-        return sorted(self._registry.base_models())
+    def base_models(self, namespace: str | None = None) -> Names:
+        """The canonical names of the base models that adapters are registered for, in one namespace or in any."""
+        return sorted(self._registry.base_models(namespace))
 
     def stats(self) -> Stats:
         """What each loaded engine did and holds, for a person to read."""

@@ -29,6 +29,7 @@ from lora_hub_sdk.registry.admission import Admitted, Limits, admit, check_base_
 from lora_hub_sdk.registry.card_samples import CardSamples
 from lora_hub_sdk.registry.inspection import Inspection, inspect_adapter
 from lora_hub_sdk.registry.layout import BaseLayout
+from lora_hub_sdk.registry.naming import LONGEST_NAME, LONGEST_NAMESPACE, check_name
 from lora_hub_sdk.registry.records import Registration, Representation
 from lora_hub_sdk.registry.registry import Registry
 from lora_hub_sdk.registry.source import CARD, HubSource, Pulled
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
-_LONGEST_NAME: Final = 512
-_LONGEST_NAMESPACE: Final = 128
 
 Reference = str | os.PathLike[str]
 
@@ -138,13 +137,13 @@ class Intake:
         label = os.fspath(request.reference)
         if request.samples is not None and request.embedding is not None:
             raise ConfigurationError("register: give samples or an embedding, not both")
-        _check_text("namespace", request.namespace, _LONGEST_NAMESPACE)
+        check_name("namespace", request.namespace, LONGEST_NAMESPACE)
         texts = None if request.samples is None else sample_texts(request.samples, label, redact=request.redact)
         with ExitStack() as lease:
             candidate = self._checked(request.reference, request.revision, request.base_model, lease)
             pulled = candidate.pulled
             name = request.name or (pulled.folder.name if pulled.is_local else pulled.repo_id)
-            _check_text("name", name, _LONGEST_NAME)
+            check_name("name", name, LONGEST_NAME)
             known = self._registry.find(name, request.namespace)
             if known is not None:
                 self._registry.check_content(known, candidate.admitted.digest)
@@ -359,11 +358,3 @@ def _refused(report: Inspection, error: AdmissionError) -> Inspection:
 
 def _typed(reference: Reference) -> str | Path:
     return reference if isinstance(reference, str) else Path(reference)
-
-
-def _check_text(what: str, text: object, longest: int) -> None:
-    """Refuse names that no database and no person can tell from others."""
-    if not isinstance(text, str) or not text.strip() or text != text.strip() or len(text) > longest:
-        raise ConfigurationError(f"{what}={str(text)[:80]!r}: expected 1 to {longest} characters without blanks around")
-    if not text.isprintable():
-        raise ConfigurationError(f"{what}={text!r} holds characters that cannot be shown")

@@ -12,8 +12,6 @@ from lora_hub_sdk.errors import ConfigurationError, EmptyPromptError
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: Final[tuple[Role, ...]] = ("system", "user", "assistant", "tool")
-#: Which of a conversation's texts finds its adapters: the last turn of the user, all of the user's, or every message.
-SearchBy = Literal["last_user", "user", "all"] | Callable[[Sequence["Message"]], str]
 #: Beside these, ``tool_choice`` may be a tool's name.
 CHOICES: Final = ("auto", "none", "any")
 _TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -63,6 +61,10 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     name: str | None = None
+
+
+#: Which of a conversation's texts finds its adapters: the last turn of the user, all of the user's, or every message.
+SearchBy = Literal["last_user", "user", "all"] | Callable[[Sequence[Message]], str]
 
 
 @dataclass(frozen=True, slots=True)

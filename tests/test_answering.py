@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -20,8 +21,9 @@ from lora_hub_sdk.engine.prompt import EncodedPrompt, PromptEncoder
 from lora_hub_sdk.engine.request import Request
 from lora_hub_sdk.engine.scheduler import EngineLimits
 from lora_hub_sdk.hub import LoraHub
+from lora_hub_sdk.messages import Conversation, Message, Piece
 from lora_hub_sdk.testing import tiny_adapter
-from lora_hub_sdk.types import Completion, Routing, Sampling
+from lora_hub_sdk.types import Completion, Constraint, Routing, Sampling
 from tests.encoders import Gate, Hashing
 from tests.support import endless_base
 
@@ -244,7 +246,7 @@ def test_tasks_that_ask_at_once_share_batches_and_never_hold_up_the_loop(
 
 
 def test_an_asynchronous_stream_has_the_pieces_of_the_other(pool: LoraHub, base: Path) -> None:
-    async def collect() -> list[str | Completion]:
+    async def collect() -> list[Piece | Completion]:
         return [piece async for piece in pool.astream("Add 3 and 4", base_model=base, sampling=Sampling(12))]
 
     pieces = asyncio.run(collect())
@@ -457,3 +459,40 @@ def test_engines_forget_content_that_no_adapter_has_any_more(
     assert held() == (1, 1)
     pool.gc()
     assert held() == (0, 0)
+
+
+def test_a_conversation_is_routed_by_what_the_user_said_last(pool: LoraHub, base: Path) -> None:
+    talk = [
+        Message("system", "Compose poems."),
+        Message("user", "Translate into French: good morning"),
+        Message("assistant", "Bonjour"),
+        Message("user", "Add 4 and 9."),
+    ]
+    one, everything = Conversation.of(talk), Conversation.of(talk, search_by="all")
+    routing = Routing(strategy="selection")
+    (route,) = pool.route([one], base_model=base, routing=routing)
+    assert [member.adapter.name for member in route.members] == ["maths"]
+    both = pool.generate([one, "Add 4 and 9."], base_model=base, routing=routing, sampling=SHORT)
+    assert [answer.trace.route for answer in both] == [route, route]
+    assert both[0].usage.prompt_tokens > both[1].usage.prompt_tokens
+    (found,) = asyncio.run(pool.agenerate([one], base_model=base, routing=routing, sampling=SHORT))
+    assert found.text == both[0].text
+    *pieces, answer = pool.stream(one, base_model=base, routing=routing, sampling=SHORT)
+    assert isinstance(answer, Completion)
+    assert "".join(map(str, pieces)) == answer.text == both[0].text
+    assert pool.route([everything], base_model=base) == pool.route([everything.search_text], base_model=base)
+
+
+def test_a_constraint_holds_the_answers_of_a_hub_alone_and_beside_others(pool: LoraHub, base: Path) -> None:
+    held = Sampling(20, constraint=Constraint("regex", "[0-9]{1,3}"))
+    prompts = ["Add 4 and 9.", "Write a poem", "What is 1 + 1?"]
+    answers = pool.generate(prompts, base_model=base, sampling=[held, SHORT, held])
+    assert [re.fullmatch("[0-9]{1,3}", answer.text) is not None for answer in answers] == [True, False, True]
+    alone = pool.generate(prompts[:1], base_model=base, sampling=held)
+    assert texts(alone) == texts(answers[:1])
+
+
+def test_a_models_context_is_known_without_loading_it(pool: LoraHub, base: Path) -> None:
+    assert pool.context(base) == 256
+    assert pool.loaded_bases() == ()
+    assert pool.engine(base).base.context == 256

@@ -22,6 +22,7 @@ from lora_hub_sdk.cli import app
 from lora_hub_sdk.engine.base_model import ModelSettings
 from lora_hub_sdk.engine.base_size import estimated_bytes
 from lora_hub_sdk.hub import LoraHub
+from lora_hub_sdk.messages import Piece
 from lora_hub_sdk.testing import tiny_adapter, tiny_base
 from lora_hub_sdk.types import Completion, Route, Routing, Sampling
 from tests.encoders import Hashing
@@ -428,7 +429,7 @@ def test_a_stream_ends_well_while_its_base_is_unloaded(
         assert model() is None, "a stream that is read slowly keeps no model"
         assert pool.loaded_bases() == ()
 
-    async def aread() -> list[str | Completion]:
+    async def aread() -> list[Piece | Completion]:
         pieces = pool.astream("sea", sampling=Sampling(40))
         read = [await anext(pieces)]
         await asyncio.to_thread(unload)

@@ -42,7 +42,7 @@ def command(
         @functools.wraps(body)
         def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
             as_json = bool(kwargs["as_json"])
-            with _errors_reported(as_json), contextlib.redirect_stdout(sys.stderr):
+            with errors_reported(as_json), contextlib.redirect_stdout(sys.stderr):
                 outcome = body(*args, **kwargs)
             if as_json:
                 _print_json(outcome.data)
@@ -67,16 +67,9 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def _stdout() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _UNWATCHED_WIDTH)
-
-
-def _print_json(data: Any) -> None:
-    sys.stdout.write(json.dumps(data, ensure_ascii=False, indent=2) + "\n")
-
-
 @contextlib.contextmanager
-def _errors_reported(as_json: bool) -> Iterator[None]:
+def errors_reported(as_json: bool) -> Iterator[None]:
+    """Inside of it, the SDK's errors end the program with status 1, without a traceback."""
     try:
         yield
     except LoraHubError as error:
@@ -84,3 +77,11 @@ def _errors_reported(as_json: bool) -> Iterator[None]:
             _print_json({"error": error_data(error)})
         stderr().print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         raise typer.Exit(1) from error
+
+
+def _stdout() -> Console:
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _UNWATCHED_WIDTH)
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, ensure_ascii=False, indent=2) + "\n")

@@ -15,9 +15,12 @@ from lora_hub_sdk.cli import (
     export,
     gate,
     history,
+    keys,
     lifecycle,
+    mcp,
     registration,
     retrieval,
+    serve,
     training,
 )
 
@@ -35,6 +38,8 @@ groups = (
     registration,
     adapters,
     answers,
+    serve,
+    mcp,
     export,
     retrieval,
     training,
@@ -43,6 +48,7 @@ groups = (
     encoder,
     history,
     lifecycle,
+    keys,
     database,
 )
 for commands in groups:

@@ -82,7 +82,7 @@ class Router:
         return [routes[place] for place in range(len(prompts))]
 
     def _nearest_bases(self, prompts: Sequence[str], routing: Routing) -> list[str]:
-        known = self._registry.base_models() if routing.bases is None else set(routing.bases)
+        known = self._registry.base_models(routing.namespace) if routing.bases is None else set(routing.bases)
         if len(known) == 1:  # whether there are adapters for it, the search for the route will see
             return [*known] * len(prompts)
         return [(fit or near)[0].adapter.base_model for near, fit in self._found(prompts, 1, None, routing)]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
 from lora_hub_sdk.engine.input_groups import Groups, input_groups
@@ -111,6 +112,14 @@ class BaseModel:
         return {path: self.modules[path] for path in self.shapes}
 
 
+def context_of(folder: Path) -> int:
+    """How many tokens a prompt and its answer may have together, by the model's config.json alone."""
+    from transformers import AutoConfig
+
+    with LOADING:
+        return _context(AutoConfig.from_pretrained(folder))
+
+
 def load_base_model(resolved: ResolvedModel, settings: ModelSettings | None = None) -> BaseModel:
     """Load a base model for inference.
 
@@ -152,7 +161,7 @@ def load_base_model(resolved: ResolvedModel, settings: ModelSettings | None = No
         tokenizer=tokenizer,
         device=device,
         dtype=torch.float32 if model.dtype not in (torch.bfloat16, torch.float16) else model.dtype,
-        context=getattr(model.config.get_text_config(), "max_position_embeddings", None) or _FALLBACK_CONTEXT,
+        context=_context(model.config),
         eos_ids=eos_ids,
         pad_id=_pad_id(tokenizer, eos_ids, _vocabulary(model)),
         modules=dict(model.named_modules()),
@@ -212,6 +221,10 @@ def _eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     ids = set(configured if isinstance(configured, list) else [configured])
     ids.add(tokenizer.eos_token_id)
     return frozenset(token for token in ids if token is not None)
+
+
+def _context(config: Any) -> int:
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or _FALLBACK_CONTEXT)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int], vocabulary: int | None) -> int:

@@ -22,13 +22,14 @@ from lora_hub_sdk.engine.call import check_timeout
 from lora_hub_sdk.engine.prompt import EncodedPrompt, PromptEncoder
 from lora_hub_sdk.engine.rank_pool import RankPool
 from lora_hub_sdk.engine.request import Job, Request
-from lora_hub_sdk.engine.row import Row
+from lora_hub_sdk.engine.row_maker import NewRow, RowMaker, is_plain
 from lora_hub_sdk.engine.sampling import check_sampling
 from lora_hub_sdk.engine.scheduler import EngineLimits
 from lora_hub_sdk.engine.settings import HOST_BYTES
 from lora_hub_sdk.engine.ticket import Ticket
 from lora_hub_sdk.engine.worker import Worker
 from lora_hub_sdk.errors import ConfigurationError, EngineBusyError
+from lora_hub_sdk.messages import Conversation, Piece, Prompt
 from lora_hub_sdk.models.openmp import expect_engine, give_threads_back
 from lora_hub_sdk.types import Adapter, Completion
 
@@ -46,6 +47,10 @@ _CACHE_SHARE: Final = 0.6
 _AGAIN_S: Final = 0.005
 #: Characters that an event loop may encode itself.
 _SHORT: Final = 4096
+
+
+#: A prompt, and what makes the row of its answer.
+_Encoded = tuple[EncodedPrompt, NewRow]
 
 
 class Engine:
@@ -87,6 +92,7 @@ class Engine:
         self._ids = count(1)
         self._templates = AdapterTemplates(base.tokenizer.chat_template)
         self._tokenizing = threading.RLock()  # tokenizers are not safe to share between threads
+        self._rows = RowMaker(base, self._tokenizing)
         self._aside = ThreadPoolExecutor(1, "lora-hub-tokenize")
 
     # -- seeing it ----------------------------------------------------------------------------------------------------
@@ -111,7 +117,8 @@ class Engine:
         """Hand a request in and go on; the ticket has the answer once it is there.
 
         Raises:
-            ConfigurationError: sampling settings that make no sense, or a timeout below 0.
+            ConfigurationError: sampling settings that make no sense, a timeout below 0, a conversation that the chat
+                template refuses, or a constraint or tools that no answer can be held to.
             PromptTooLongError: see ``PromptEncoder.encode``.
             EngineBusyError: too many requests wait already.
             EngineClosedError, EngineCrashedError: nobody answers any more.
@@ -134,7 +141,8 @@ class Engine:
         """Answer all requests, in their order, however many they are.
 
         Args:
-            on_text: called in this thread with (index of the request, new text) as text becomes final.
+            on_text: called in this thread with (index of the request, new text) as text becomes final; calls of tools
+                are in the completions alone.
 
         Raises:
             As ``submit``, and whatever kept a request from its answer; the others are given up then.
@@ -207,7 +215,7 @@ class Engine:
             for ticket in tickets:
                 ticket.cancel()
 
-    def stream(self, request: Request) -> Generator[str | Completion]:
+    def stream(self, request: Request) -> Generator[Piece | Completion]:
         """Pieces of text as they become final, then the whole completion. Leaving the iterator early gives it up.
 
         Raises:
@@ -215,7 +223,7 @@ class Engine:
         """
         yield from self.submit(request, stream=True).pieces()
 
-    async def astream(self, request: Request) -> AsyncGenerator[str | Completion]:
+    async def astream(self, request: Request) -> AsyncGenerator[Piece | Completion]:
         """As ``stream``, without blocking the event loop."""
         ticket = await self.asubmit(request, stream=True)
         async with aclosing(ticket.apieces()) as pieces:
@@ -259,14 +267,14 @@ class Engine:
     def _submit(
         self,
         requests: Sequence[Request],
-        encoded: Sequence[EncodedPrompt],
+        encoded: Sequence[_Encoded],
         make: Sequence[Callable[[Callable[[], None]], Ticket]],
         client: str | None = None,
     ) -> list[Ticket]:
         client = client or f"call {next(self._ids)}"
         jobs = []
         gate = self._gate
-        for request, prompt, ticket_of in zip(requests, encoded, make, strict=True):
+        for request, (prompt, new_row), ticket_of in zip(requests, encoded, make, strict=True):
             gated = request.route.averaged == "tokens" and bool(request.route.members)
             if gated and gate is None:
                 raise ConfigurationError(
@@ -275,25 +283,30 @@ class Engine:
                 )
             job_id = next(self._ids)
             ticket = ticket_of(partial(self._worker.withdraw, job_id))
-            row = Row(request.sampling, self.base, ticket.show if ticket.streams else None)
+            row = new_row(ticket.show if ticket.streams else None)
             own_gate = gate.digest if gated and gate is not None else None
             jobs.append(Job(job_id, request.client or client, request, prompt, row, ticket, own_gate))
         self._worker.submit(jobs)
         return [job.ticket for job in jobs]
 
-    async def _aencoded(self, requests: Sequence[Request]) -> list[EncodedPrompt]:
-        """Short prompts are encoded at once, which takes a fraction of a millisecond; a megabyte takes seconds."""
-        if sum(len(request.prompt) for request in requests) <= _SHORT and self._tokenizing.acquire(blocking=False):
+    async def _aencoded(self, requests: Sequence[Request]) -> list[_Encoded]:
+        """Short prompts are encoded at once, which takes a fraction of a millisecond; a megabyte takes seconds.
+
+        So do grammars, which are compiled elsewhere too.
+        """
+        short = sum(_size(request.prompt) for request in requests) <= _SHORT
+        quick = short and all(is_plain(request.prompt, request.sampling) for request in requests)
+        if quick and self._tokenizing.acquire(blocking=False):
             try:
                 return self._encoded(requests)
             finally:
                 self._tokenizing.release()
         return await asyncio.get_running_loop().run_in_executor(self._aside, self._encoded, requests)
 
-    def _encoded(self, requests: Sequence[Request]) -> list[EncodedPrompt]:
+    def _encoded(self, requests: Sequence[Request]) -> list[_Encoded]:
         return [self._encode(place, request) for place, request in enumerate(requests)]
 
-    def _encode(self, place: int, request: Request) -> EncodedPrompt:
+    def _encode(self, place: int, request: Request) -> _Encoded:
         check_sampling(request.sampling)
         check_timeout(request.timeout_s)
         limit = self.base.context - request.sampling.max_new_tokens
@@ -305,7 +318,8 @@ class Engine:
         own = self._templates.of(request.route, request.template)
         encoder = PromptEncoder(self.base.tokenizer, request.template, own=own, rows=self.base.vocabulary)
         with self._tokenizing:
-            return encoder.encode(request.prompt, limit=limit, overflow=request.overflow, row=place)
+            prompt = encoder.encode(request.prompt, limit=limit, overflow=request.overflow, row=place)
+        return prompt, self._rows.prepare(request.prompt, request.sampling, encoder.tool_format)
 
 
 def _fitted(
@@ -356,8 +370,18 @@ class _Shown(Ticket):
         self._shown, self._place = shown, place
         self.future.add_done_callback(lambda _: shown.put((place, None)))
 
-    def show(self, text: str) -> None:
-        self._shown.put((self._place, text))
+    def show(self, piece: Piece) -> None:
+        if isinstance(piece, str):
+            self._shown.put((self._place, piece))
+
+
+def _size(prompt: Prompt) -> int:
+    """Characters to encode."""
+    if isinstance(prompt, Conversation):
+        calls = [call.arguments for message in prompt.messages for call in message.tool_calls]
+        texts = [message.text for message in prompt.messages] + [tool.parameters for tool in prompt.tools]
+        return sum(map(len, calls + texts))
+    return len(prompt)
 
 
 def _budget(base: BaseModel, on_cpu: int, share: float) -> int:

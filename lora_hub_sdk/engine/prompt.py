@@ -1,13 +1,18 @@
-"""From a prompt's text to token ids: templates, and cutting what is too long so that its end survives."""
+"""From a prompt to token ids: templates, and cutting what is too long so that its end survives."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from lora_hub_sdk.chat.formats import ToolFormat, format_of
+from lora_hub_sdk.chat.transcript import transcript
+from lora_hub_sdk.engine.conversation_prompt import ChatTemplate, shortened
 from lora_hub_sdk.errors import ConfigurationError, PromptTooLongError
+from lora_hub_sdk.messages import Conversation, Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +32,7 @@ _ALPACA: Final = (
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """Token ids ready for the model; ``truncated`` of the text's own tokens were cut from its front."""
+    """Token ids ready for the model; ``truncated`` were cut from the front of its text or conversation."""
 
     ids: tuple[int, ...]
     truncated: int = 0
@@ -61,64 +66,99 @@ class PromptEncoder:
                 "text"
             )
         self._tokenizer: Any = tokenizer
-        self._own, self._rows = own if template == "adapter" else None, rows
+        self._rows = rows
+        self._chat = ChatTemplate(tokenizer, own if template == "adapter" else None)
         if template in ("auto", "adapter"):
-            template = "chat" if has_chat or self._own is not None else None
+            template = "chat" if has_chat or self._chat.own is not None else None
         self._template: Template = template
 
-    def encode(self, text: str, *, limit: int, overflow: Overflow = "cut", row: int = 0) -> EncodedPrompt:
+    def encode(self, prompt: Prompt, *, limit: int, overflow: Overflow = "cut", row: int = 0) -> EncodedPrompt:
         """Token ids of at most ``limit``.
 
         Only the prompt's own text is cut, from its front and on a token's edge: the template around it stays whole, so
-        the marker where the answer begins is never lost.
+        the marker where the answer begins is never lost. A conversation loses whole turns first, see ``shortened``.
 
         Raises:
             PromptTooLongError: with ``overflow="refuse"``, or when the template alone does not fit.
-            ConfigurationError: a token that the model does not know, or an adapter's template that fails.
+            ConfigurationError: a token that the model does not know, or a template that fails.
         """
-        ids = self._render(text)
+        ids = self._render(prompt)
         self._check(ids)
         if len(ids) <= limit:
             return EncodedPrompt(tuple(ids))
         if overflow == "refuse":
             raise PromptTooLongError(row, len(ids), limit, hint="shorten it, or allow cutting with overflow='cut'")
+        if isinstance(prompt, Conversation):
+            short = self._cut_conversation(prompt, limit)
+            cut = None if short is None else (short, len(ids) - len(short))
+        else:
+            cut = self._cut(prompt, ids, self._render, limit)
+        if cut is None:
+            kept = "system, tools and calls leave" if isinstance(prompt, Conversation) else "template alone leaves"
+            raise PromptTooLongError(row, len(ids), limit, hint=f"its {kept} no room; lower max_new_tokens")
+        return EncodedPrompt(tuple(cut[0]), cut[1])
+
+    def tool_format(self, conversation: Conversation) -> ToolFormat:
+        """How calls are written in its answer."""
+        return self._chat.format(conversation) if self._template == "chat" else format_of(None)
+
+    def _cut(
+        self, text: str, ids: list[int], render: Callable[[str], list[int]], limit: int
+    ) -> tuple[list[int], int] | None:
+        """The ids with the text's front cut off, and how many of its tokens are gone; None where none would stay.
+
+        Args:
+            ids: with all of the text.
+        """
         starts = self._token_starts(text)
-        dropped, excess = 0, len(ids) - limit
-        while excess > 0:
+        dropped = 0
+        while (excess := len(ids) - limit) > 0:
             dropped += excess
             # A character may be several tokens: it goes as a whole.
             while dropped < len(starts) and starts[dropped] == starts[dropped - 1]:
                 dropped += 1
             if dropped >= len(starts):
-                raise PromptTooLongError(
-                    row, len(ids), limit, hint="its template alone leaves no room; lower max_new_tokens"
-                )
+                return None
             # Tokens merge anew at the cut: one round may leave a few too many.
-            ids = self._render(text[starts[dropped] :])
-            excess = len(ids) - limit
-        return EncodedPrompt(tuple(ids), sum(start < starts[dropped] for start in starts))
+            ids = render(text[starts[dropped] :])
+        return ids, sum(start < starts[dropped] for start in starts) if dropped else 0
 
-    def _render(self, text: str) -> list[int]:
+    def _cut_conversation(self, conversation: Conversation, limit: int) -> list[int] | None:
+        versions = shortened(conversation.messages)
+
+        def with_text(place: int, text: str) -> list[int]:
+            changed = (*messages[:place], replace(messages[place], text=text), *messages[place + 1 :])
+            return self._render(replace(conversation, messages=changed))
+
+        def fits(version: int) -> bool:
+            return len(self._render(replace(conversation, messages=versions[version]))) <= limit
+
+        first = bisect_left(range(len(versions)), True, key=fits)
+        if first < len(versions):
+            return self._render(replace(conversation, messages=versions[first]))
+        messages = versions[-1]
+        # The longest text first: a short question about a long result is kept.
+        places = [place for place, message in enumerate(messages) if message.role != "system"]
+        for place in sorted(places, key=lambda at: -len(messages[at].text)):
+            text = messages[place].text
+            found = self._cut(text, with_text(place, text), partial(with_text, place), limit)
+            if found is not None:
+                return found[0]
+            messages = (*messages[:place], replace(messages[place], text=""), *messages[place + 1 :])
+        return None
+
+    def _render(self, prompt: Prompt) -> list[int]:
         if self._template == "chat":
+            asked = prompt if isinstance(prompt, Conversation) else Conversation((Message("user", prompt),), prompt)
+            text = self._chat.render(asked)
             # The template writes its own special tokens; adding a second bos would change the answers.
-            return list(self._tokenizer(self._in_chat(text), add_special_tokens=False)["input_ids"])
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        text = transcript(prompt) if isinstance(prompt, Conversation) else prompt
         if self._template == "alpaca":
             text = _ALPACA.format(text=text)
         elif callable(self._template):
             text = self._template(text)
         return self._without_doubles(list(self._tokenizer(text)["input_ids"]), text)
-
-    def _in_chat(self, text: str) -> str:
-        chat = [{"role": "user", "content": text}]
-        apply = partial(self._tokenizer.apply_chat_template, chat, tokenize=False, add_generation_prompt=True)
-        if self._own is None:
-            return str(apply())
-        try:
-            return str(apply(chat_template=self._own))
-        except Exception as error:  # a stranger's program, which may do anything but harm
-            raise ConfigurationError(
-                f"the adapter's own chat template fails ({type(error).__name__}: {str(error)[:200]}); use another one"
-            ) from error
 
     def _without_doubles(self, ids: list[int], text: str) -> list[int]:
         """Without a second bos where the text has its own, and without an end mark, after which there is no answer."""

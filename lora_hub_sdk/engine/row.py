@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from lora_hub_sdk.engine.base_model import BaseModel
 from lora_hub_sdk.engine.sampling import TokenSampler, find_stop, safe_length
+from lora_hub_sdk.messages import InvalidToolCall, Piece, ToolCall
 from lora_hub_sdk.types import FinishReason, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lora_hub_sdk.chat.reply import ReplyReader
+    from lora_hub_sdk.engine.constraint import Guide
+
+Decode = Callable[[list[int]], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,40 +28,67 @@ class Decoded:
     text: str
     tokens: int
     finish_reason: FinishReason
+    tool_calls: tuple[ToolCall, ...] = ()
+    invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
 
 
 class Row:
-    """See the module. ``tokens`` are those generated so far."""
+    """See the module. ``tokens`` are those generated so far.
+
+    Args:
+        on_piece: is shown what becomes final.
+        guide: what its text has to be.
+        reader: finds calls of tools in its text.
+        decode: tokens to text; by default without all special tokens.
+    """
 
     def __init__(
         self,
         sampling: Sampling,
         base: BaseModel,
-        on_text: Callable[[str], None] | None = None,
+        on_piece: Callable[[Piece], None] | None = None,
+        *,
+        guide: Guide | None = None,
+        reader: ReplyReader | None = None,
+        decode: Decode | None = None,
     ) -> None:
         self._sampling = sampling
         self._sampler = TokenSampler(sampling)
         self._base = base
-        self._on_text = on_text
-        self._text = _GrowingText(base)
+        self._on_piece = on_piece
+        self._guide, self._reader = guide, reader
+        tokenizer: Any = base.tokenizer
+        self._decode: Decode = decode or partial(tokenizer.decode, skip_special_tokens=True)
+        self._text = _GrowingText(self._decode)
         self._longest_stop = max(map(len, sampling.stop), default=0)
         self._shown = 0
         self.tokens: list[int] = []
         self.done: Decoded | None = None
 
     def step(self, logits: Tensor, greedy_token: int) -> int:
-        """Choose and take the next token; returns it."""
-        token = self._sampler.choose(logits, greedy_token)
+        """Choose and take the next token; returns it.
+
+        Raises:
+            ConfigurationError: its text cannot be held any further to what it has to be.
+        """
+        token = self._sampler.choose(logits, greedy_token, self._guide)
         self.tokens.append(token)
         if token in self._base.eos_ids:
             self._finish(self._decode(self.tokens[:-1]), "stop")
-        elif not self._stopped() and len(self.tokens) == self._sampling.max_new_tokens:
+            return token
+        if self._guide is not None:
+            self._guide.take(token)
+        if self._stopped():
+            return token
+        if self._guide is not None and self._guide.complete:
+            self._finish(self._decode(self.tokens), "stop")
+        elif len(self.tokens) == self._sampling.max_new_tokens:
             self._finish(self._decode(self.tokens), "length")
         return token
 
     def _stopped(self) -> bool:
         """Whether a stop string has come; shows what is safe to show on the way."""
-        if not self._sampling.stop and self._on_text is None:
+        if not self._sampling.stop and self._on_piece is None:
             return False
         before = len(self._text.settled)
         text = self._text.of(self.tokens)
@@ -67,15 +101,23 @@ class Row:
 
     def _finish(self, text: str, reason: FinishReason) -> None:
         self._show(text)
-        self.done = Decoded(text, len(self.tokens), reason)
+        if self._reader is None:
+            self.done = Decoded(text, len(self.tokens), reason)
+            return
+        reply = self._reader.finish()
+        self._hand_on(reply.pieces)
+        self.done = Decoded(reply.text, len(self.tokens), reason, reply.tool_calls, reply.invalid_tool_calls)
 
     def _show(self, text: str) -> None:
-        if self._on_text is not None and len(text) > self._shown:
-            self._on_text(text[self._shown :])
+        new = text[self._shown :]
+        if new:
             self._shown = len(text)
+            self._hand_on([new] if self._reader is None else self._reader.feed(new))
 
-    def _decode(self, tokens: list[int]) -> str:
-        return str(self._base.tokenizer.decode(tokens, skip_special_tokens=True))
+    def _hand_on(self, pieces: Iterable[Piece]) -> None:
+        if self._on_piece is not None:
+            for piece in pieces:
+                self._on_piece(piece)
 
 
 class _GrowingText:
@@ -85,8 +127,8 @@ class _GrowingText:
     of a text than within it; what they gave by themselves is left out. Half a character settles with its other half.
     """
 
-    def __init__(self, base: BaseModel) -> None:
-        self._base = base
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
         self._context = self._read = self._overlap = 0
         self.settled = ""
 
@@ -99,6 +141,3 @@ class _GrowingText:
             self._context, self._read = self._read, len(tokens)
             self._overlap = len(self._decode(tokens[self._context : self._read]))
         return text
-
-    def _decode(self, tokens: list[int]) -> str:
-        return str(self._base.tokenizer.decode(tokens, skip_special_tokens=True))

@@ -10,6 +10,8 @@ from lora_hub_sdk.types import Sampling
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lora_hub_sdk.engine.constraint import Guide
+
 
 def check_sampling(sampling: Sampling) -> None:
     """Refuse settings that make no sense, before any work is done.
@@ -55,14 +57,27 @@ class TokenSampler:
             warpers.append(TopPLogitsWarper(sampling.top_p))
         self._warp: Any = LogitsProcessorList(warpers)
 
-    def choose(self, logits: Tensor, greedy_token: int) -> int:
-        """The next token from logits of shape (vocabulary,); ``greedy_token`` is their argmax, known for all rows."""
-        if self._greedy:
+    def choose(self, logits: Tensor, greedy_token: int, guide: Guide | None = None) -> int:
+        """The next token from logits of shape (vocabulary,); ``greedy_token`` is their argmax, known for all rows.
+
+        Args:
+            guide: chooses among the tokens that it allows.
+
+        Raises:
+            ConfigurationError: the guide cannot go on.
+        """
+        if self._greedy and (guide is None or guide.allows(greedy_token)):
             return greedy_token
         import torch
 
+        logits = logits.float().cpu()
+        if guide is not None:
+            allowed = torch.from_numpy(guide.allowed(len(logits)))
+            logits = logits.masked_fill(~allowed, -torch.inf)
+        if self._greedy:
+            return int(logits.numpy().argmax())
         # The warpers take the ids so far and do not use them.
-        scores: Tensor = self._warp(torch.empty(1, 0, dtype=torch.long), logits.float().cpu()[None])
+        scores: Tensor = self._warp(torch.empty(1, 0, dtype=torch.long), logits[None])
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._generator))
 
 

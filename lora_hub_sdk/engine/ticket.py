@@ -10,6 +10,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from lora_hub_sdk.errors import RequestCancelledError
+from lora_hub_sdk.messages import Piece
 from lora_hub_sdk.types import Completion
 
 
@@ -31,16 +32,16 @@ class Ticket:
         self.future: Future[Completion] = Future()
         self._on_cancel = on_cancel
         self.streams = stream
-        self._pieces: SimpleQueue[str | None] = SimpleQueue()  # None: there will be no more
+        self._pieces: SimpleQueue[Piece | None] = SimpleQueue()  # None: there will be no more
         self._wake: Callable[[], None] | None = None
         self.future.add_done_callback(self._end)
 
     # -- the worker's side: nothing here raises, whatever the caller has done meanwhile
 
-    def show(self, text: str) -> None:
-        """Text that is final."""
+    def show(self, piece: Piece) -> None:
+        """Text, or a part of a call, that is final."""
         if self.streams and not self.future.done():
-            self._put(text)
+            self._put(piece)
 
     def resolve(self, completion: Completion) -> None:
         """The answer is complete."""
@@ -73,21 +74,21 @@ class Ticket:
                 "this request was cancelled before its answer was complete; send it again if it is still wanted"
             ) from None
 
-    def pieces(self) -> Generator[str | Completion]:
-        """Text as it becomes final, then the completion; once begun, closing it early cancels the request.
+    def pieces(self) -> Generator[Piece | Completion]:
+        """Text and calls as they become final, then the completion; once begun, closing it early cancels the request.
 
         Raises:
             As ``result``.
         """
         try:
-            while (text := self._pieces.get()) is not None:
-                yield text
+            while (piece := self._pieces.get()) is not None:
+                yield piece
             self._pieces.put(None)  # whoever reads after this one must not wait for ever
             yield self.result()
         finally:
             self.cancel()
 
-    async def apieces(self) -> AsyncGenerator[str | Completion]:
+    async def apieces(self) -> AsyncGenerator[Piece | Completion]:
         """As ``pieces``, on the running event loop; cancelling the task that reads cancels the request.
 
         Raises:
@@ -99,8 +100,8 @@ class Ticket:
             while True:
                 news.clear()
                 with suppress(Empty):
-                    while (text := self._pieces.get_nowait()) is not None:
-                        yield text
+                    while (piece := self._pieces.get_nowait()) is not None:
+                        yield piece
                     self._pieces.put(None)
                     break
                 await news.wait()
@@ -123,7 +124,7 @@ class Ticket:
             self.cancel()
         return self.result()
 
-    def _put(self, piece: str | None) -> None:
+    def _put(self, piece: Piece | None) -> None:
         self._pieces.put(piece)
         if self._wake is not None:
             self._wake()

@@ -516,7 +516,9 @@ class Worker:
             job.ticket.fail(error)
         elif done is not None:
             trace = Trace(job.request.route, job.widest, job.prompt.truncated, timing, job.tiers)
-            job.ticket.resolve(Completion(done.text, done.finish_reason, usage, trace))
+            job.ticket.resolve(
+                Completion(done.text, done.finish_reason, usage, trace, done.tool_calls, done.invalid_tool_calls)
+            )
 
     def _unplace(self, job: Job) -> None:
         if job.lora is not None:

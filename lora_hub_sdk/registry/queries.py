@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from lora_hub_sdk.errors import AdapterNotFoundError
 from lora_hub_sdk.registry.index import Entry, Vector, embedding_id_of, key_of
+from lora_hub_sdk.registry.naming import can_be_stored
 from lora_hub_sdk.registry.records import EncoderRecord, adapter_of, event_of, score_of, vector_of
 from lora_hub_sdk.registry.selection import visible
 from lora_hub_sdk.registry.tables import (
@@ -70,6 +71,8 @@ class SqlQueries:
 
     def find(self, name: str, namespace: str) -> Adapter | None:
         """The adapter of that name, or None."""
+        if not can_be_stored(name):
+            return None
         with Session(self._engine) as session:
             found = _load(session, _ADAPTERS.where(AdapterRow.name == name, AdapterRow.namespace == namespace))
             return found[0] if found else None
@@ -98,10 +101,13 @@ class SqlQueries:
             # Sorted here, since databases have orders of their own for letters.
             return sorted(_load(session, query), key=lambda adapter: (adapter.namespace, adapter.name))
 
-    def base_models(self) -> set[str]:
-        """The base models that adapters are registered for."""
+    def base_models(self, namespace: str | None = None) -> set[str]:
+        """The base models that adapters are registered for, in one namespace or in any."""
+        query = select(AdapterRow.base_model).distinct()
+        if namespace is not None:
+            query = query.where(AdapterRow.namespace == namespace)
         with Session(self._engine) as session:
-            return set(session.scalars(select(AdapterRow.base_model).distinct()))
+            return set(session.scalars(query))
 
     def namespaces(self) -> list[str]:
         """Every namespace that something was registered in."""

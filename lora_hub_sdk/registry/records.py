@@ -161,8 +161,8 @@ def adapter_of(row: AdapterRow, current: RevisionRow, tags: Sequence[str]) -> Ad
         tags=tuple(tags),
         folder=Path(current.folder),
         sample_count=row.sample_count,
-        created_at=_utc(row.created_at),
-        updated_at=_utc(row.updated_at),
+        created_at=utc(row.created_at),
+        updated_at=utc(row.updated_at),
         state=cast(AdapterState, row.state),
         pinned=row.pinned,
         origin=cast(Origin, row.origin),
@@ -171,15 +171,15 @@ def adapter_of(row: AdapterRow, current: RevisionRow, tags: Sequence[str]) -> Ad
 
 def score_of(row: ScoreRow, digest: str) -> Score:
     """A score, beside the digest that its adapter has now."""
-    return Score(row.task, row.metric, row.value, row.revision, _utc(row.recorded_at), row.digest == digest)
+    return Score(row.task, row.metric, row.value, row.revision, utc(row.recorded_at), row.digest == digest)
 
 
 def event_of(row: EventRow) -> Event:
     """An event."""
     detail: dict[str, Any] = dict(row.detail)
-    return Event(row.id, _utc(row.at), row.actor, row.action, row.namespace, row.name, detail)
+    return Event(row.id, utc(row.at), row.actor, row.action, row.namespace, row.name, detail)
 
 
-def _utc(time: datetime) -> datetime:
+def utc(time: datetime) -> datetime:
     """SQLite forgets the zone; what was written was UTC."""
     return time if time.tzinfo else time.replace(tzinfo=UTC)

@@ -12,6 +12,7 @@ from sqlalchemy import Engine
 from lora_hub_sdk.config import cache_home
 from lora_hub_sdk.errors import ConfigurationError, EncoderMismatchError, NameTakenError, RetiredError
 from lora_hub_sdk.registry.admission import WEIGHTS_FILE
+from lora_hub_sdk.registry.api_keys import ApiKeys
 from lora_hub_sdk.registry.follower import Follower, Progress, Verification
 from lora_hub_sdk.registry.followers import Followers
 from lora_hub_sdk.registry.index import Vector, is_same
@@ -46,6 +47,7 @@ class Registry:
         self._engine = open_database(database)
         ensure_schema(self._engine)
         self.store = SqlStore(self._engine, actor)
+        self.keys = ApiKeys(self._engine)
         self._place = index if index is not None else _beside(self._engine, self.store.registry_id)
         self._ask_encoder = encoder
         self._followers = Followers(self._follow)
@@ -183,9 +185,9 @@ class Registry:
         """Adapters by name, retired ones too."""
         return self.store.adapters(namespace, base_model)
 
-    def base_models(self) -> set[str]:
-        """The base models that adapters are registered for."""
-        return self.store.base_models()
+    def base_models(self, namespace: str | None = None) -> set[str]:
+        """The base models that adapters are registered for, in one namespace or in any."""
+        return self.store.base_models(namespace)
 
     def namespaces(self) -> list[str]:
         """Every namespace that something was registered in."""

@@ -196,3 +196,27 @@ class PullRow(Base):
     repo_id: Mapped[str] = mapped_column(Text)
     revision: Mapped[str] = mapped_column(String(40))
     started_at: Mapped[datetime] = mapped_column(_UTC)
+
+
+class ApiKeyRow(Base):
+    """Who may ask the server, for which namespace, and for what. ``digest`` is the secret's sha256.
+
+    A key may be made before its namespace has an adapter. A row stays when its key is revoked, so that a name in a log
+    always tells of the same key.
+    """
+
+    __tablename__ = "api_keys"
+    __table_args__ = (
+        UniqueConstraint("name", name="uq_api_keys_name"),
+        UniqueConstraint("digest", name="uq_api_keys_digest"),
+    )
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    name: Mapped[str] = mapped_column(String(128))
+    namespace: Mapped[str] = mapped_column(String(128))
+    rights: Mapped[list[str]] = mapped_column(JSON)
+    prefix: Mapped[str] = mapped_column(String(16))
+    digest: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime] = mapped_column(_UTC)
+    expires_at: Mapped[datetime | None] = mapped_column(_UTC)
+    revoked_at: Mapped[datetime | None] = mapped_column(_UTC)

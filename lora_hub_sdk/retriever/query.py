@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from lora_hub_sdk.errors import ConfigurationError, EmptyPromptError
+from lora_hub_sdk.registry.naming import can_be_stored
 
 
 def check_k(k: object) -> None:
@@ -41,6 +42,6 @@ def names_of(what: str, values: Iterable[str]) -> tuple[str, ...]:
         raise ConfigurationError(f"{what}={values!r} is one text, expected a list of them: [{values!r}]")
     names = tuple(dict.fromkeys(values))
     for name in names:
-        if not isinstance(name, str) or not name.strip():
+        if not isinstance(name, str) or not name.strip() or not can_be_stored(name):
             raise ConfigurationError(f"{what}: expected texts, found {name!r}")
     return names

@@ -47,7 +47,7 @@ class Bench:
         """What the model is given."""
         request = Request("hi", self.route(*names), Sampling(1), template=template)
         tokenizer: Any = self.base.tokenizer
-        return str(tokenizer.decode(self.engine._encode(0, request).ids))
+        return str(tokenizer.decode(self.engine._encode(0, request)[0].ids))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from lora_hub_sdk.engine.request import Request
 from lora_hub_sdk.errors import ConfigurationError, DeadlineExceededError, EngineClosedError, ModelNotFoundError
 from lora_hub_sdk.models import resolve_model
 from lora_hub_sdk.testing import tiny_base
-from lora_hub_sdk.types import Route, Sampling
+from lora_hub_sdk.types import Completion, Route, Sampling
 from tests.encoders import Gate
 
 KEY = ("base", ModelSettings())
@@ -473,8 +473,9 @@ def test_a_stream_that_nobody_reads_on_keeps_no_model_in_memory(makers: list[Mak
     read = [next(pieces)] if ahead else []
     assert engines.unload("base-0")
     assert gone(model)
-    *texts, completion = [*read, *pieces]
-    assert not isinstance(completion, str)
+    found = [*read, *pieces]
+    texts, completion = found[:-1], found[-1]
+    assert isinstance(completion, Completion)
     assert "".join(str(text) for text in texts) == completion.text
     engines.close()
 

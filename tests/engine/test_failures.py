@@ -274,10 +274,10 @@ def test_a_sampler_that_raises_ends_that_row_alone(
 ) -> None:
     choose = TokenSampler.choose
 
-    def failing(sampler: Any, logits: Tensor, greedy: int) -> int:
+    def failing(sampler: Any, logits: Tensor, greedy: int, *others: Any) -> int:
         if not sampler._greedy and sampler._generator.initial_seed() == 13:
             raise ZeroDivisionError("sampler")
-        return choose(sampler, logits, greedy)
+        return choose(sampler, logits, greedy, *others)
 
     monkeypatch.setattr(TokenSampler, "choose", failing)
     error = beside(engine, Request("x", route_of("base"), Sampling(5, temperature=1.0, seed=13)), asked, alone)

@@ -20,6 +20,7 @@ from lora_hub_sdk.engine.engine import Engine
 from lora_hub_sdk.engine.request import Request
 from lora_hub_sdk.engine.scheduler import EngineLimits
 from lora_hub_sdk.errors import RequestCancelledError
+from lora_hub_sdk.messages import Piece
 from lora_hub_sdk.models import resolve_model
 from lora_hub_sdk.testing import tiny_adapter
 from lora_hub_sdk.types import Adapter, Completion, Sampling
@@ -239,7 +240,7 @@ async def _acancel(engine: Engine, request: Request, pick: random.Random) -> Com
 
 async def _aleave(engine: Engine, request: Request, pick: random.Random) -> Completion | None:
     stream: Any = engine.astream(request)
-    last: str | Completion = await anext(stream)
+    last: Piece | Completion = await anext(stream)
     await stream.aclose()
     return last if isinstance(last, Completion) else None
 
@@ -253,7 +254,7 @@ _ATASKS: dict[str, Callable[[Engine, Request, random.Random], Any]] = {
 }
 
 
-def _whole(pieces: list[str | Completion]) -> Completion:
+def _whole(pieces: list[Piece | Completion]) -> Completion:
     *texts, last = pieces
     assert isinstance(last, Completion)
     assert "".join(cast("list[str]", texts)) == last.text

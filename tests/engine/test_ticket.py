@@ -13,6 +13,7 @@ import pytest
 
 from lora_hub_sdk.engine.ticket import Ticket
 from lora_hub_sdk.errors import DeadlineExceededError, RequestCancelledError
+from lora_hub_sdk.messages import Piece
 from lora_hub_sdk.types import Completion, Route, Trace, Usage
 
 #: A test that waits longer than this has failed; none waits that long otherwise.
@@ -206,10 +207,10 @@ def test_a_hundred_tickets_resolved_by_one_thread_reach_their_tasks() -> None:
             tickets[place].show(f"piece {place}")
             tickets[place].resolve(answer(str(place)))
 
-    async def read(one: Ticket) -> list[str | Completion]:
+    async def read(one: Ticket) -> list[Piece | Completion]:
         return [piece async for piece in one.apieces()]
 
-    async def main() -> tuple[list[Completion], list[list[str | Completion]]]:
+    async def main() -> tuple[list[Completion], list[list[Piece | Completion]]]:
         waiting = asyncio.gather(*[one.aresult() for one in tickets])
         reading = asyncio.gather(*[read(one) for one in tickets])
         await asyncio.sleep(0)
@@ -278,7 +279,7 @@ def test_a_task_gets_the_error_of_the_worker() -> None:
 def test_an_asyncio_stream_gives_pieces_from_before_and_after_it_was_opened() -> None:
     one, completion = ticket(), answer("one two three")
     one.show("one")
-    read: list[str | Completion] = []
+    read: list[Piece | Completion] = []
 
     async def main() -> None:
         async for piece in one.apieces():
@@ -299,7 +300,7 @@ def test_an_asyncio_stream_of_many_pieces_loses_none_and_keeps_their_order() -> 
             one.show(str(n))
         one.resolve(answer())
 
-    async def main() -> list[str | Completion]:
+    async def main() -> list[Piece | Completion]:
         work(show_all)
         return [piece async for piece in one.apieces()]
 
@@ -310,7 +311,7 @@ def test_a_task_that_waits_for_a_piece_leaves_the_loop_to_others() -> None:
     one = ticket()
     one.show("one")
 
-    async def read() -> list[str | Completion]:
+    async def read() -> list[Piece | Completion]:
         return [piece async for piece in one.apieces()]
 
     async def show() -> None:
@@ -320,7 +321,7 @@ def test_a_task_that_waits_for_a_piece_leaves_the_loop_to_others() -> None:
             one.show(text)
         one.resolve(answer())
 
-    async def main() -> list[str | Completion]:
+    async def main() -> list[Piece | Completion]:
         pieces, _ = await asyncio.gather(read(), show())
         return pieces
 

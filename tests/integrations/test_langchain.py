@@ -16,7 +16,8 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
-from langchain_lora_hub import LoraRetrieverLLM
+from langchain_core.runnables import RunnableLambda
+from langchain_lora_hub import ChatLoraRetriever, LoraRetrieverLLM
 
 from lora_hub_sdk import EngineSettings
 from lora_hub_sdk.engine.scheduler import EngineLimits
@@ -29,6 +30,7 @@ from lora_hub_sdk.errors import (
 )
 from lora_hub_sdk.hub import LoraHub
 from lora_hub_sdk.testing import tiny_adapter
+from lora_hub_sdk.types import Route
 from tests.encoders import Gate, Hashing
 from tests.support import endless_base
 
@@ -195,9 +197,15 @@ def test_an_empty_registry_is_an_error(hub: LoraHub, base: Path) -> None:
         LoraRetrieverLLM(hub=hub, base_model=str(base)).invoke("x")
 
 
-def test_return_exceptions(llm: LoraRetrieverLLM) -> None:
-    outcome = llm.batch(["fine", ""], return_exceptions=True)
-    assert all(isinstance(each, EmptyPromptError) for each in outcome)
+def test_a_prompt_that_fails_takes_no_other_with_it(llm: LoraRetrieverLLM) -> None:
+    asked: list[Any] = ["fine", "", "Add 3 and 4"]
+    for found in (
+        llm.batch(asked, return_exceptions=True),
+        asyncio.run(llm.abatch(asked, return_exceptions=True)),
+        [answer for _, answer in sorted(llm.batch_as_completed(asked, return_exceptions=True))],
+    ):
+        assert [found[0], found[2]] == llm.batch(["fine", "Add 3 and 4"])
+        assert isinstance(found[1], EmptyPromptError)
 
 
 def test_what_is_given_for_one_call_is_part_of_the_caches_key(pool: LoraHub, base: Path) -> None:
@@ -250,7 +258,7 @@ def test_the_config_of_a_call_sets_its_namespace(pool: LoraHub, base: Path, tmp_
     before = engine.batches
     fresh: list[Any] = [{"task": f"thanks {number}"} for number in range(4)]
     chain.batch(fresh, [configs[number % 2] for number in range(4)])
-    assert engine.batches == before + 2, "one batch for each namespace"
+    assert engine.batches == before + 1, "namespaces share the engine's batches"
     with pytest.raises(NoAdaptersError, match="nobody"):
         chain.invoke({"task": "thanks"}, {"configurable": {"namespace": "nobody"}})
 
@@ -401,3 +409,33 @@ def test_threads_and_tasks_get_the_answers_of_one_batch(llm: LoraRetrieverLLM) -
     for thread in threads:
         thread.join()
     assert found == [expected] * 3
+
+
+def test_calls_within_a_run_keep_to_its_namespace(llm: LoraRetrieverLLM, base: Path, tmp_path: Path) -> None:
+    llm.hub.register(tiny_adapter(tmp_path / "hers", base, seed=30), samples=TASKS["french"], namespace="ann")
+    chat = ChatLoraRetriever(hub=llm.hub, base_model=str(base), max_new_tokens=4)
+    inside: dict[str, Callable[[str], object]] = {
+        "invoke": lambda text: llm.invoke(text),
+        "another configuration": lambda text: llm.invoke(text, {"configurable": {"thread": 1}}),
+        "generate": lambda text: llm.generate([text]),
+        "batch": lambda text: llm.batch([text, text]),
+        "stream": lambda text: list(llm.stream(text)),
+        "explain": lambda text: llm.explain(text),
+        "chat": lambda text: chat.invoke(text),
+        "chat in a batch": lambda text: chat.batch([text, text]),
+        "chat as a stream": lambda text: list(chat.stream(text)),
+    }
+    for name, call in inside.items():
+        chain: Any = RunnableLambda(call)
+        # Nobody's namespace: with its own adapters alone, there is nothing to answer with.
+        with pytest.raises(NoAdaptersError):
+            chain.invoke("thanks", {"configurable": {"namespace": "nobody"}})
+        assert chain.invoke("thanks", {"configurable": {"namespace": "ann"}}), name
+    assert {member.adapter.namespace for member in llm.explain("thanks").members} == {"default"}
+
+    def explained(text: str) -> object:
+        return llm.explain(text)
+
+    route = RunnableLambda(explained).invoke("thanks", {"configurable": {"namespace": "ann"}})
+    assert isinstance(route, Route)
+    assert [member.adapter.name for member in route.members] == ["hers"]

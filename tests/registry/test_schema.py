@@ -31,6 +31,8 @@ from tests.servers import free_port
 
 #: Written by version 0.1 with schema 0001: an adapter removed, three left, two of them in one namespace.
 OLD = Path(__file__).parent / "data" / "hub-0001.sqlite"
+#: Written by version 0.5 with schema 0002: an adapter removed, three left, with revisions, tags, a score and a rule.
+OLD_2 = OLD.with_name("hub-0002.sqlite")
 
 
 @pytest.fixture
@@ -92,6 +94,47 @@ def test_an_old_database_is_refused_until_it_is_upgraded_and_then_has_everything
     registry.close()
 
 
+def test_a_database_of_schema_0002_gets_keys_and_keeps_everything(file: str) -> None:
+    shutil.copy(OLD_2, file)
+    with sqlite3.connect(file) as old:
+        before = list(old.iterdump())
+    with pytest.raises(SchemaError, match=r"schema 0002, this package speaks .*; run: lora-hub db upgrade --database"):
+        ensure_schema(open_database(file))
+    assert upgrade_schema(open_database(file)) == head()
+    with sqlite3.connect(file) as new:
+        after = set(new.iterdump())
+    version = "INSERT INTO \"alembic_version\" VALUES('0002');"
+    assert version in before
+    assert set(before) - after == {version}
+    registry = Registry(file, index="exact", encoder=lambda: "e" * 64)
+    french, sums, private = registry.adapters()
+    assert (french.name, french.revision, french.pinned, french.tags) == ("lora-fr", "b" * 40, True, ("french",))
+    assert (sums.state, private.namespace, private.origin) == ("retired", "team", "owner")
+    assert [score.value for score in registry.scores(french)] == [31.5]
+    assert registry.verify().agrees
+    assert registry.keys.list() == ()
+    key, secret = registry.keys.create("ann", namespace="team")
+    assert registry.keys.find(secret) == key
+    registry.close()
+
+
+def test_a_postgres_database_of_schema_0002_gets_keys_too(postgres: str) -> None:
+    from alembic import command
+
+    engine = open_database(postgres)
+    _run(engine, _config(), lambda config, _: command.upgrade(config, "0002"))
+    with engine.begin() as connection:
+        connection.execute(text("INSERT INTO namespaces VALUES ('team', now())"))
+    with pytest.raises(SchemaError, match="run: lora-hub db upgrade"):
+        ensure_schema(engine)
+    assert upgrade_schema(engine) == head()
+    registry = Registry(postgres, index="exact", encoder=lambda: "e" * 64)
+    assert registry.namespaces() == ["team"]
+    key, secret = registry.keys.create("ann", namespace="team")
+    assert registry.keys.find(secret) == key
+    registry.close()
+
+
 def test_an_old_postgres_database_is_upgraded_too(postgres: str) -> None:
     from alembic import command
 
@@ -140,7 +183,7 @@ def counted(self, *args, **kwargs):
 Operations.create_table = counted
 upgrade_schema(open_database(sys.argv[1]))
 """
-    for tables in (0, 2, 5):
+    for tables in (0, 2, 5, 9):
         ended = subprocess.run([sys.executable, "-c", script, file, str(tables)], check=False)
         assert ended.returncode == -signal.SIGKILL
         with sqlite3.connect(file) as old:
