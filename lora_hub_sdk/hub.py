@@ -891,6 +891,7 @@ class LoraHub:
         overflow: Overflow = "cut",
         settings: ModelSettings | None = None,
         timeout_s: float | Sequence[float | None] | None = None,
+        client: str | None = None,
     ) -> Completions:
         """Route all prompts, texts or conversations, and answer them together, each with its own adapters.
 
@@ -907,13 +908,15 @@ class LoraHub:
             overflow: what happens to a prompt longer than the context: "cut" its front, or "refuse" it.
             settings: how the base model is loaded, the first time it is asked for with these settings.
             timeout_s: seconds for all prompts or for each, from the call on, routing and loading included.
+            client: whom the prompts count for where an engine's callers take turns, as a server's users do; by default
+                each call counts for itself.
 
         Raises:
             DeadlineExceededError: one of the answers was not complete in time; the others are given up.
             ConfigurationError: a list of options that is not as long as the prompts.
             As ``route``, ``engine`` and ``Engine.generate``.
         """
-        call = Call.of(prompts, base_model, routing, sampling, timeout_s, template, overflow)
+        call = Call.of(prompts, base_model, routing, sampling, timeout_s, template, overflow, client)
         if not prompts:
             return []
         routes = self._routes(call, _settings(settings))
@@ -933,9 +936,10 @@ class LoraHub:
         overflow: Overflow = "cut",
         settings: ModelSettings | None = None,
         timeout_s: float | Sequence[float | None] | None = None,
+        client: str | None = None,
     ) -> Completions:
         """As ``generate``, without ever blocking the event loop. Cancelling the task gives its prompts up."""
-        call = Call.of(prompts, base_model, routing, sampling, timeout_s, template, overflow)
+        call = Call.of(prompts, base_model, routing, sampling, timeout_s, template, overflow, client)
         if not prompts:
             return []
         routes = await self._aroutes(call, _settings(settings))
@@ -952,12 +956,13 @@ class LoraHub:
         overflow: Overflow = "cut",
         settings: ModelSettings | None = None,
         timeout_s: float | None = None,
+        client: str | None = None,
     ) -> Generator[Piece | Completion]:
         """As ``generate`` for one prompt: pieces of text and calls as they become final, then the whole completion.
 
         Closing the iterator before its end gives the prompt up.
         """
-        call = Call.of([prompt], base_model, routing, sampling, timeout_s, template, overflow)
+        call = Call.of([prompt], base_model, routing, sampling, timeout_s, template, overflow, client)
         routes = self._routes(call, _settings(settings))
         making = self._making(call.base_model, routes[0].base_model, settings)
         # The engine is not kept for those who read slowly: what it was handed it answers before it goes.
@@ -977,9 +982,10 @@ class LoraHub:
         overflow: Overflow = "cut",
         settings: ModelSettings | None = None,
         timeout_s: float | None = None,
+        client: str | None = None,
     ) -> AsyncGenerator[Piece | Completion]:
         """As ``stream``, without ever blocking the event loop. Cancelling the task that reads gives the prompt up."""
-        call = Call.of([prompt], base_model, routing, sampling, timeout_s, template, overflow)
+        call = Call.of([prompt], base_model, routing, sampling, timeout_s, template, overflow, client)
         routes = await self._aroutes(call, _settings(settings))
         making = self._making(call.base_model, routes[0].base_model, settings)
         ticket = await self._engines.ause(

@@ -14,6 +14,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 ROLES: Final[tuple[Role, ...]] = ("system", "user", "assistant", "tool")
 #: Beside these, ``tool_choice`` may be a tool's name.
 CHOICES: Final = ("auto", "none", "any")
+_MOST_CALLS: Final = 16
 _TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -83,7 +84,7 @@ class Conversation:
     Attributes:
         tool_choice: "auto" (text or calls), "none" (text), "any" (one call at least), or the name of the tool that has
             to be called.
-        parallel_tool_calls: whether one answer may hold several calls.
+        parallel_tool_calls: whether one answer may hold several calls; of a tool that was named, one is all there is.
         search_text: what finds the adapters, as ``search_text`` of this module makes it.
     """
 
@@ -121,6 +122,11 @@ class Conversation:
         if self.tool_choice == "none":
             return ()
         return self.tools if self.tool_choice in CHOICES else tuple(t for t in self.tools if t.name == self.tool_choice)
+
+    @property
+    def most_calls(self) -> int:
+        """How many calls the answer may hold. There is an end to them, as a small model may find none by itself."""
+        return _MOST_CALLS if self.parallel_tool_calls and self.tool_choice in CHOICES else 1
 
     @property
     def must_call(self) -> bool:

@@ -54,7 +54,7 @@ def smoke(wheel: Path, folder: Path) -> str:
 
 
 def test_wheel(tmp_path: Path) -> None:
-    assert smoke(build("wheel", ROOT, tmp_path / "dist"), tmp_path) == "0002 10"
+    assert smoke(build("wheel", ROOT, tmp_path / "dist"), tmp_path) == "0003 10"
 
 
 @pytest.mark.slow
@@ -65,7 +65,7 @@ def test_sdist_builds_the_same_wheel(tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     source = next(path for path in tmp_path.iterdir() if (path / "pyproject.toml").is_file())
-    assert smoke(build("wheel", source, tmp_path / "dist"), tmp_path) == "0002 10"
+    assert smoke(build("wheel", source, tmp_path / "dist"), tmp_path) == "0003 10"
 
 
 def test_editable_install_finds_the_migrations_beside_it() -> None:

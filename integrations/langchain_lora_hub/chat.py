@@ -39,7 +39,7 @@ from lora_hub_sdk.types import Completion
 _CHAT = ("tools", "tool_choice", "parallel_tool_calls", "response_format", "stream")
 
 
-class ChatLoraRetriever(HubModel, BaseChatModel):
+class ChatLoraRetriever(HubModel[AIMessage], BaseChatModel):
     """Finds for each conversation the adapters that fit, composes them, and writes the assistant's next message.
 
     All ways of calling work as with any LangChain chat model, those of ``batch`` and the asynchronous ones without a

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Any, Final, Self
+from typing import Any, Final, Generic, Self, TypeVar
 
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
@@ -23,6 +23,8 @@ from lora_hub_sdk.faces.answer_fields import CALL, AnswerFields
 from lora_hub_sdk.messages import Prompt
 from lora_hub_sdk.types import Completion, Route
 
+_Answer = TypeVar("_Answer")
+
 PROVIDER: Final = "lora_hub"
 #: What LangChain's models call some of our fields.
 _STANDARD: Final = {"model": "base_model", "max_tokens": "max_new_tokens", "timeout": "timeout_s"}
@@ -30,7 +32,7 @@ _STANDARD: Final = {"model": "base_model", "max_tokens": "max_new_tokens", "time
 _DEEP: Final = frozenset({"base_model", "bases", "strategy", "dtype", "device", "quantization"})
 
 
-class HubModel(AnswerFields):
+class HubModel(AnswerFields, Generic[_Answer]):
     """Mixed in before ``BaseLLM`` and ``BaseChatModel``.
 
     ``model``, ``max_tokens`` and ``timeout``, as other models call them, stand for ``base_model``, ``max_new_tokens``
@@ -152,16 +154,18 @@ class HubModel(AnswerFields):
         input: LanguageModelInput,  # noqa: A002 (the name is LangChain's)
         config: RunnableConfig | None = None,
         **kwargs: Any,
-    ) -> Any:
-        return super().invoke(input, config, **with_namespace(config, kwargs))  # type: ignore[misc]
+    ) -> _Answer:
+        answer: _Answer = super().invoke(input, config, **with_namespace(config, kwargs))  # type: ignore[misc]
+        return answer
 
     async def ainvoke(
         self,
         input: LanguageModelInput,  # noqa: A002
         config: RunnableConfig | None = None,
         **kwargs: Any,
-    ) -> Any:
-        return await super().ainvoke(input, config, **with_namespace(config, kwargs))  # type: ignore[misc]
+    ) -> _Answer:
+        answer: _Answer = await super().ainvoke(input, config, **with_namespace(config, kwargs))  # type: ignore[misc]
+        return answer
 
     def stream(
         self,
@@ -203,7 +207,7 @@ class HubModel(AnswerFields):
         *,
         return_exceptions: bool = False,
         **kwargs: Any,
-    ) -> list[Any]:
+    ) -> list[_Answer]:
         pairs = self._pairs(inputs, config, return_exceptions, kwargs, together=not return_exceptions)
         found = dict(pairs)
         return [found[place] for place in range(len(inputs))]
@@ -215,7 +219,7 @@ class HubModel(AnswerFields):
         *,
         return_exceptions: bool = False,
         **kwargs: Any,
-    ) -> list[Any]:
+    ) -> list[_Answer]:
         together = not return_exceptions
         async with aclosing(self._apairs(inputs, config, return_exceptions, kwargs, together=together)) as pairs:
             found = {place: answer async for place, answer in pairs}
@@ -259,6 +263,7 @@ class HubModel(AnswerFields):
         if len(inputs) > 1:
             yield from read_aside(lambda: self._apairs(inputs, configs, return_exceptions, kwargs, together=together))
         elif inputs:
+            answer: _Answer | Exception
             try:
                 answer = self.invoke(inputs[0], configs[0], **kwargs)
             except Exception as error:

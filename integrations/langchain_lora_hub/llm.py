@@ -19,7 +19,7 @@ from lora_hub_sdk.messages import Piece
 from lora_hub_sdk.types import Completion
 
 
-class LoraRetrieverLLM(HubModel, BaseLLM):
+class LoraRetrieverLLM(HubModel[str], BaseLLM):
     """Finds for each prompt the adapters that fit, composes them, and answers all prompts of a call in one batch.
 
     ``invoke``, ``batch``, ``batch_as_completed``, ``stream`` and their asynchronous forms work as with any LangChain

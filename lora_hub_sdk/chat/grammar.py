@@ -21,6 +21,11 @@ def marker(text: str, special: Mapping[str, int]) -> str:
     return f"<[{special[text]}]>" if text in special else literal(text)
 
 
+def up_to(count: int, rule: str) -> str:
+    """What may follow so many times, or not at all."""
+    return f" ({rule}){{0,{count}}}" if count else ""
+
+
 def calls_grammar(
     conversation: Conversation,
     answer: Constraint | None,

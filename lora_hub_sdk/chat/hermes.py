@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from lora_hub_sdk.chat.draft import Draft
-from lora_hub_sdk.chat.grammar import calls_grammar, literal, marker
+from lora_hub_sdk.chat.grammar import calls_grammar, literal, marker, up_to
 from lora_hub_sdk.chat.instructions import call_json, instructions
 from lora_hub_sdk.chat.reply import ReplyReader
 from lora_hub_sdk.chat.source import Source, Steps, UnreadableError
@@ -36,7 +36,7 @@ class Hermes:
         self, conversation: Conversation, answer: Constraint | None, special: Mapping[str, int]
     ) -> Constraint | None:
         one = rf'"\n" call "\n" {marker(CLOSE, special)}'
-        more = rf' ("\n" {marker(OPEN, special)} {one})*' if conversation.parallel_tool_calls else ""
+        more = up_to(conversation.most_calls - 1, rf'"\n" {marker(OPEN, special)} {one}')
         return calls_grammar(
             conversation,
             answer,

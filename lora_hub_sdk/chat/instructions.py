@@ -27,7 +27,7 @@ def instructions(conversation: Conversation, example: str) -> str:
         wanted = "Your answer must be a call."
     else:
         wanted = f"Your answer must be a call of {tools[0].name}."
-    several = "You may make several calls." if conversation.parallel_tool_calls else "Make no more than one call."
+    several = "You may make several calls." if conversation.most_calls > 1 else "Make no more than one call."
     return "\n".join(
         [
             "You can call these tools, each a JSON object with a JSON schema of its parameters:",

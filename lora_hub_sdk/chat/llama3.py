@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from lora_hub_sdk.chat.draft import Draft
-from lora_hub_sdk.chat.grammar import calls_grammar, literal
+from lora_hub_sdk.chat.grammar import calls_grammar, literal, up_to
 from lora_hub_sdk.chat.instructions import call_json, instructions
 from lora_hub_sdk.chat.reply import ReplyReader
 from lora_hub_sdk.chat.source import Source, Steps, UnreadableError
@@ -41,7 +41,7 @@ class Llama3:
             answer,
             special,
             opener=TAG,
-            calls='call ("; " call)*' if conversation.parallel_tool_calls else "call",
+            calls="call" + up_to(conversation.most_calls - 1, '"; " call'),
             call=lambda name, arguments: f"""{literal(f'{{"name": "{name}", "parameters": ')} {arguments} "}}\"""",
             bare=_LIKE_CALLS,
         )

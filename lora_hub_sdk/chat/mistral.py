@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lora_hub_sdk.chat.draft import CallDraft, Draft
-from lora_hub_sdk.chat.grammar import calls_grammar, literal, marker
+from lora_hub_sdk.chat.grammar import calls_grammar, literal, marker, up_to
 from lora_hub_sdk.chat.instructions import call_json, instructions
 from lora_hub_sdk.chat.reply import ReplyReader
 from lora_hub_sdk.chat.source import Source, Steps, UnreadableError
@@ -51,7 +51,7 @@ class Mistral:
         self, conversation: Conversation, answer: Constraint | None, special: Mapping[str, int]
     ) -> Constraint | None:
         between = marker(CALLS, special) if self.named else '", "'
-        calls = f"call ({between} call)*" if conversation.parallel_tool_calls else "call"
+        calls = "call" + up_to(conversation.most_calls - 1, f"{between} call")
 
         def call(name: str, arguments: str) -> str:
             if self.named:

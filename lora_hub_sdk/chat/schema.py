@@ -11,6 +11,8 @@ from typing import Any, Final
 WHITE_SPACE: Final = r" ?|\r?\n[ \t]{0,40}"
 #: Beside these, an object's own properties may not be all that it can have.
 _OPEN: Final = ("additionalProperties", "patternProperties", "anyOf", "oneOf", "$ref", "if", "not")
+#: Integers up to this every reader of JSON has exactly (RFC 8259, section 6).
+_LARGEST: Final = 2**53 - 1
 #: Schemas by name.
 _TABLES: Final = ("properties", "$defs", "definitions")
 _SCHEMAS: Final = ("items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf")
@@ -19,19 +21,22 @@ _AROUND: Final = re.compile(r"\(\?<?[=!]|\\[1-9]")
 
 
 def held_schema(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
-    """A schema's text for llguidance: little white space, and no properties that the schema does not name.
+    """A schema's text for llguidance: little white space, no unnamed properties, no endless integers.
 
-    An object that may have others has to say so (``additionalProperties``): a model that may invent keys may never come
-    to an end. Schemas with ``allOf`` are left open, as objects may be put together of several there.
+    An object that may have others has to say so (``additionalProperties``): a model that may invent keys, or write any
+    number of digits, may never come to an end. Schemas with ``allOf`` are left open, as objects may be put together of
+    several there.
 
     Args:
         lenient: words that llguidance cannot hold an answer to are passed over instead of refused.
     """
-    closed = schema if '"allOf"' in json.dumps(schema) else _each(schema, _close)
+    held = _each(schema, _bound)
+    if '"allOf"' not in json.dumps(schema):
+        held = _each(held, _close)
     if lenient:
-        closed = _each(closed, _leave_out_patterns)
+        held = _each(held, _leave_out_patterns)
     guidance = {"whitespace_pattern": WHITE_SPACE, "coerce_one_of": True, "lenient": lenient}
-    return json.dumps({**closed, "x-guidance": guidance}, ensure_ascii=False)
+    return json.dumps({**held, "x-guidance": guidance}, ensure_ascii=False)
 
 
 def _each(schema: Any, change: Callable[[dict[str, Any]], None]) -> Any:
@@ -54,6 +59,20 @@ def _each(schema: Any, change: Callable[[dict[str, Any]], None]) -> Any:
 def _close(schema: dict[str, Any]) -> None:
     if isinstance(schema.get("properties"), Mapping) and not schema.keys() & {*_OPEN}:
         schema["additionalProperties"] = False
+
+
+def _bound(schema: dict[str, Any]) -> None:
+    kinds = schema.get("type")
+    if kinds != "integer" and not (isinstance(kinds, list) and "integer" in kinds and "number" not in kinds):
+        return
+    lower, upper = schema.keys() & {"minimum", "exclusiveMinimum"}, schema.keys() & {"maximum", "exclusiveMaximum"}
+    large = any(isinstance(schema[key], int | float) and abs(schema[key]) > _LARGEST for key in lower | upper)
+    if large or schema.keys() & {"enum", "const"}:
+        return
+    if not lower:
+        schema["minimum"] = -_LARGEST
+    if not upper:
+        schema["maximum"] = _LARGEST
 
 
 def _leave_out_patterns(schema: dict[str, Any]) -> None:

@@ -31,7 +31,8 @@ _R = TypeVar("_R")
 class Call:
     """Prompts for one base model, or each for that of its nearest adapter where ``base_model`` is None.
 
-    ``routings``, ``samplings`` and ``timeouts_s`` have one value for each of them.
+    ``routings``, ``samplings`` and ``timeouts_s`` have one value for each of them. ``client`` is whom all of them count
+    for where an engine's callers take turns; by default a call counts for itself.
     """
 
     prompts: Sequence[Prompt]
@@ -41,6 +42,7 @@ class Call:
     timeouts_s: Sequence[float | None]
     template: Template
     overflow: Overflow
+    client: str | None = None
     began: float = field(default_factory=monotonic)
 
     @classmethod
@@ -53,6 +55,7 @@ class Call:
         timeout_s: float | Sequence[float | None] | None = None,
         template: Template = "auto",
         overflow: Overflow = "cut",
+        client: str | None = None,
     ) -> Call:
         """A call whose options are given once for all prompts, or once for each.
 
@@ -74,6 +77,7 @@ class Call:
             timeouts,
             template,
             overflow,
+            client,
         )
         for asked, _ in call.groups():
             check_routing(asked)
@@ -115,6 +119,7 @@ class Call:
                 self.template,
                 self.overflow,
                 None if (seconds := self.timeouts_s[place]) is None else seconds - passed,
+                self.client,
             )
             for place in (range(len(self.prompts)) if places is None else places)
         ]

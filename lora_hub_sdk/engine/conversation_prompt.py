@@ -6,8 +6,9 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
-from itertools import takewhile
+from itertools import product, takewhile
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_hub_sdk.chat.formats import ToolFormat, format_of, shows_tools
@@ -51,10 +52,11 @@ class ChatTemplate:
         if calling and not shows_tools(template):
             messages, tools = told_in_text(conversation, format_of(template)), ()
         found: list[Exception] = []
-        for change in (tuple, one_call_each, alternating, lambda them: one_call_each(alternating(them))):
+        changes = (tuple, one_call_each, alternating, lambda them: one_call_each(alternating(them)))
+        for as_text, change in product((False, True), changes):
             changed = change(messages)
             try:
-                text = self._apply(template, changed, tools)
+                text = self._apply(template, changed, tools, as_text)
             except Exception as error:  # templates are programs, and refuse in ways of their own
                 found.append(error)
                 continue
@@ -76,10 +78,10 @@ class ChatTemplate:
         except ValueError as error:
             raise ConfigurationError(f"the tokenizer's chat templates cannot be used: {error}") from error
 
-    def _apply(self, template: str, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
+    def _apply(self, template: str, messages: Sequence[Message], tools: Sequence[Tool], as_text: bool) -> str:
         return str(
             self._tokenizer.apply_chat_template(
-                _rows(messages),
+                _rows(messages, as_text),
                 tools=[_tool_row(tool) for tool in tools] or None,
                 chat_template=template,
                 tokenize=False,
@@ -166,14 +168,14 @@ def shortened(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
     return versions or [tuple(messages)]
 
 
-def _rows(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """As chat templates take them: OpenAI's form, but for arguments, which are no text."""
+def _rows(messages: Sequence[Message], as_text: bool) -> list[dict[str, Any]]:
+    """As chat templates take them: OpenAI's form, but most of them (not DeepSeek's) take arguments that are no text."""
     names = {call.id: call.name for message in messages for call in message.tool_calls}
     rows: list[dict[str, Any]] = []
     for message in messages:
         row: dict[str, Any] = {"role": message.role, "content": message.text}
         if message.tool_calls:
-            row["tool_calls"] = [_call_row(call) for call in message.tool_calls]
+            row["tool_calls"] = [_call_row(call, as_text) for call in message.tool_calls]
         if message.tool_call_id is not None:
             row["tool_call_id"] = _short_id(message.tool_call_id)
         name = message.name or names.get(message.tool_call_id or "")
@@ -183,11 +185,11 @@ def _rows(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return rows
 
 
-def _call_row(call: ToolCall) -> dict[str, Any]:
-    try:
-        arguments: object = json.loads(call.arguments)
-    except ValueError:
-        arguments = call.arguments
+def _call_row(call: ToolCall, as_text: bool) -> dict[str, Any]:
+    arguments: object = call.arguments
+    if not as_text:
+        with suppress(ValueError):
+            arguments = json.loads(call.arguments)
     return {"id": _short_id(call.id), "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 

@@ -38,12 +38,26 @@ def test_objects_have_no_properties_but_their_own_at_any_depth() -> None:
 def test_objects_that_may_have_more_stay_open() -> None:
     schemas: list[dict[str, Any]] = [
         {"type": "object"},
-        {"properties": {"a": {}}, "additionalProperties": {"type": "integer"}},
+        {"properties": {"a": {}}, "additionalProperties": {"type": "string"}},
         {"properties": {"a": {}}, "patternProperties": {"^b": {}}},
         {"properties": {"a": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
         {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]},
     ]
     for schema in schemas:
+        assert _held(schema) == schema
+
+
+def test_integers_have_an_end() -> None:
+    largest = 2**53 - 1
+    within = {"minimum": -largest, "maximum": largest}
+    for schema, held in (
+        ({"type": "integer"}, {"type": "integer", **within}),
+        ({"type": ["integer", "null"]}, {"type": ["integer", "null"], **within}),
+        ({"items": {"type": "integer", "minimum": 3}}, {"items": {"type": "integer", **within, "minimum": 3}}),
+        ({"type": "integer", "exclusiveMaximum": 0}, {"type": "integer", "minimum": -largest, "exclusiveMaximum": 0}),
+    ):
+        assert _held(schema) == held
+    for schema in ({"type": "number"}, {"type": "integer", "enum": [1]}, {"type": "integer", "minimum": 10**17}):
         assert _held(schema) == schema
 
 

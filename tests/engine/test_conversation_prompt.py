@@ -143,6 +143,14 @@ def test_a_template_of_one_call_at_a_time_has_each_with_its_result() -> None:
     assert text.count("I look.") == 1
 
 
+def test_a_template_that_takes_arguments_as_text_has_them_as_they_were_written() -> None:
+    template = (
+        "{% for m in messages %}{{ m.content }}{% for call in m.tool_calls %}"
+        "{{ '<' + call.function.arguments + '>' }}{% endfor %}{% endfor %}{% if tools %}.{% endif %}"
+    )
+    assert '<{"city": "Rome"}><{"city": "Oslo"}>' in shown(template, AGENT)
+
+
 @pytest.mark.parametrize("template", [NO_SYSTEM, SILENT_SYSTEM, ALTERNATING])
 def test_templates_that_refuse_a_system_role_have_its_text_before_the_first_question(template: str) -> None:
     assert shown(template, Conversation.of([SYSTEM, USER])) == f"[user]Be brief.\n\n{USER.text}"

@@ -16,7 +16,7 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import ConfigurableField, RunnableLambda
 from langchain_lora_hub import ChatLoraRetriever, LoraRetrieverLLM
 
 from lora_hub_sdk import EngineSettings
@@ -261,6 +261,47 @@ def test_the_config_of_a_call_sets_its_namespace(pool: LoraHub, base: Path, tmp_
     assert engine.batches == before + 1, "namespaces share the engine's batches"
     with pytest.raises(NoAdaptersError, match="nobody"):
         chain.invoke({"task": "thanks"}, {"configurable": {"namespace": "nobody"}})
+
+
+def test_explain_tells_the_route_without_an_answer(llm: LoraRetrieverLLM, pool: LoraHub, base: Path) -> None:
+    engine = pool.engine(base)
+    route = llm.explain("Add 3 and 4", strategy="fusion", k=2)
+    assert route == asyncio.run(llm.aexplain("Add 3 and 4", strategy="fusion", k=2))
+    assert engine.batches == 0
+    told = llm.generate(["Add 3 and 4"], strategy="fusion", k=2).generations[0][0].generation_info or {}
+    assert told["route"] == route.as_dict()
+    with pytest.raises(NoAdaptersError, match="nobody"):
+        llm.explain("Add 3 and 4", {"configurable": {"namespace": "nobody"}})
+
+
+def test_fields_can_be_configured(llm: LoraRetrieverLLM, pool: LoraHub, base: Path, tmp_path: Path) -> None:
+    pool.register(tiny_adapter(tmp_path / "ann", base, seed=20), samples=TASKS["french"], name="hers", namespace="ann")
+    names = ("k", "strategy", "namespace", "max_new_tokens")
+    open_to = llm.configurable_fields(**{name: ConfigurableField(name) for name in names})
+    config: Any = {"configurable": {"k": 1, "strategy": "selection", "namespace": "ann", "max_new_tokens": 3}}
+    own = LoraRetrieverLLM(
+        hub=pool, base_model=str(base), k=1, strategy="selection", namespace="ann", max_new_tokens=3
+    ).invoke("Say thanks")
+    assert open_to.invoke("Say thanks", config) == own != open_to.invoke("Say thanks")
+    assert open_to.batch(["Say thanks"] * 2, config) == asyncio.run(open_to.abatch(["Say thanks"] * 2, config))
+    with pytest.raises(UnknownStrategyError):
+        open_to.invoke("Say thanks", {"configurable": {"strategy": "soup"}})
+
+
+def test_traces_know_the_model_and_its_options(llm: LoraRetrieverLLM, base: Path) -> None:
+    seen: dict[str, Any] = {}
+
+    class Trace(BaseCallbackHandler):
+        def on_llm_start(self, serialized: Any, prompts: Any, *, metadata: Any = None, **_: Any) -> None:
+            seen.update(metadata)
+
+    llm.invoke("Add 3 and 4", {"callbacks": [Trace()]}, stop=["x"], max_new_tokens=2)
+    assert seen["ls_provider"] == "lora_hub"
+    assert seen["ls_model_name"] == str(base)
+    assert seen["ls_model_type"] == "llm"
+    assert seen["ls_max_tokens"] == 2
+    assert seen["ls_stop"] == ["x"]
+    assert seen["lc_versions"].keys() >= {"langchain-core", "lora-hub-sdk"}
 
 
 # -- many at once -----------------------------------------------------------------------------------------------------

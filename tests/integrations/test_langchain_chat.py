@@ -79,6 +79,12 @@ def names(message: AIMessage) -> list[str]:
     return [adapter["name"] for adapter in message.response_metadata["route"]["adapters"]]
 
 
+def output_tokens(message: AIMessage) -> int:
+    """How many an answer has."""
+    assert message.usage_metadata is not None
+    return message.usage_metadata["output_tokens"]
+
+
 def test_a_message_tells_its_route_its_model_and_its_usage(chat: ChatLoraRetriever, base: Path) -> None:
     answer = chat.invoke([SystemMessage("Be brief."), HumanMessage("What is 3 + 4?")], strategy="selection")
     assert isinstance(answer, AIMessage)
@@ -182,7 +188,7 @@ def test_each_input_of_a_batch_has_its_own_run(chat: ChatLoraRetriever) -> None:
             self.answered: dict[Any, Any] = {}
             self.failed: dict[Any, BaseException] = {}
 
-        def on_chat_model_start(self, _: Any, messages: Any, *, run_id: Any, **__: Any) -> None:
+        def on_chat_model_start(self, serialized: Any, messages: Any, *, run_id: Any, **_: Any) -> None:
             self.asked[run_id] = messages[0][0].text
 
         def on_llm_end(self, response: Any, *, run_id: Any, **_: Any) -> None:
@@ -295,7 +301,7 @@ def test_functions_and_classes_of_one_name_are_told_apart_in_the_caches_key(pool
 
 def test_search_by_says_which_turn_finds_the_adapters(chat: ChatLoraRetriever) -> None:
     turns: list[Any] = [("human", "Write a poem about the sea"), ("ai", "Waves."), ("human", "What is 12 + 30?")]
-    chosen = {"strategy": "selection"}
+    chosen: dict[str, Any] = {"strategy": "selection"}
     assert names(chat.invoke(turns, **chosen)) == ["maths"]
     assert names(chat.invoke(turns, search_by=lambda messages: messages[0].text, **chosen)) == ["poems"]
     assert [member.adapter.name for member in chat.explain(turns, **chosen).members] == ["maths"]
@@ -315,12 +321,11 @@ def test_fields_can_be_configured(chat: ChatLoraRetriever) -> None:
 
 
 def test_the_names_of_other_models_are_understood(pool: LoraHub, base: Path) -> None:
-    chat = ChatLoraRetriever(hub=pool, model=str(base), max_tokens=3, timeout=60, temperature=0)
+    standard: dict[str, Any] = {"model": str(base), "max_tokens": 3, "timeout": 60, "temperature": 0}
+    chat = ChatLoraRetriever(hub=pool, **standard)
     assert (chat.base_model, chat.max_new_tokens, chat.timeout_s) == (str(base), 3, 60)
-    counts = [
-        (chat.invoke("hello", **given).usage_metadata or {})["output_tokens"] for given in ({}, {"max_tokens": 5})
-    ]
-    assert counts == [3, 5]
+    assert output_tokens(chat.invoke("hello")) == 3
+    assert output_tokens(chat.invoke("hello", max_tokens=5)) == 5
     traced = chat._get_ls_params(stop=["x"], model="another", temperature=0.5)
     assert traced == {
         "ls_provider": "lora_hub",
@@ -356,7 +361,7 @@ def test_what_makes_no_sense_is_refused(chat: ChatLoraRetriever) -> None:
     with pytest.raises(ConfigurationError, match="strict"):
         chat.with_structured_output(Person, method="json_mode", strict=True)
     with pytest.raises(ValueError, match="colour"):
-        ChatLoraRetriever(hub=chat.hub, colour="red")
+        ChatLoraRetriever(hub=chat.hub, colour="red")  # type: ignore[call-arg]
 
 
 # -- tools and structured answers -------------------------------------------------------------------------------------
@@ -378,7 +383,7 @@ def test_a_call_that_has_to_be_made_is_made_by_its_schema(chat: ChatLoraRetrieve
 
 def test_a_call_that_is_cut_off_is_invalid_also_as_a_stream(chat: ChatLoraRetriever) -> None:
     bound = chat.bind_tools([add], tool_choice="any", parallel_tool_calls=False)
-    whole = (bound.invoke("What is 12 + 30?", max_new_tokens=200).usage_metadata or {})["output_tokens"]
+    whole = output_tokens(bound.invoke("What is 12 + 30?", max_new_tokens=200))
     # Before its name, in it, within the arguments, and after them.
     for limit in (13, 25, *range(40, whole - 12, 5), whole - 6):
         answer = bound.invoke("What is 12 + 30?", max_new_tokens=limit)

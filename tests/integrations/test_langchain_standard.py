@@ -44,7 +44,7 @@ class OnDemoHub:
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"hub": self.hub, "model": BASE, "strategy": "selection"}
+        return {"hub": self.hub, "model": BASE, "k": 2, "weights": "similarity"}
 
 
 class TestUnit(OnDemoHub, ChatModelUnitTests):
@@ -63,3 +63,11 @@ class TestIntegration(OnDemoHub, ChatModelIntegrationTests):
     @property
     def supports_json_mode(self) -> bool:
         return True
+
+    @property
+    def supports_anthropic_inputs(self) -> bool:
+        return True
+
+    @property
+    def model_override_value(self) -> str:
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"

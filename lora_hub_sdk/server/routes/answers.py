@@ -14,6 +14,7 @@ from lora_hub_sdk.errors import AdapterNotFoundError
 from lora_hub_sdk.faces.adapter_facts import shown_name
 from lora_hub_sdk.hub import LoraHub
 from lora_hub_sdk.messages import Prompt
+from lora_hub_sdk.server.auth import Caller
 from lora_hub_sdk.server.bodies import read_body
 from lora_hub_sdk.server.chat_body import ChatBody
 from lora_hub_sdk.server.choosing import Choice
@@ -45,7 +46,9 @@ async def completions(request: Request) -> Response:
             raise _bad("prompt", f"{len(body.prompts)} prompts; at most {house.settings.max_prompts} at one time here")
         sampling = body.sampling(_longest(body.longest, house))
         choice = await _choice(house, body, caller.namespace)
-        return await _answered(request, turn, Letterhead("text", body.model), body, body.prompts, choice, sampling)
+        return await _answered(
+            request, turn, Letterhead("text", body.model), body, body.prompts, choice, sampling, caller
+        )
     except BaseException:
         turn.leave()
         raise
@@ -61,7 +64,7 @@ async def chat_completions(request: Request) -> Response:
         sampling = replace(body.sampling(_longest(body.longest, house)), constraint=body.constraint())
         prompts = [body.conversation()]
         choice = await _choice(house, body, caller.namespace)
-        return await _answered(request, turn, Letterhead("chat", body.model), body, prompts, choice, sampling)
+        return await _answered(request, turn, Letterhead("chat", body.model), body, prompts, choice, sampling, caller)
     except BaseException:
         turn.leave()
         raise
@@ -75,6 +78,7 @@ async def _answered(
     prompts: Sequence[Prompt],
     choice: Choice,
     sampling: Sampling,
+    caller: Caller,
 ) -> Response:
     house = house_of(request)
     template = body.template or house.settings.template
@@ -85,6 +89,8 @@ async def _answered(
         "template": None if template == "none" else template,
         "settings": house.model_settings,
         "timeout_s": house.settings.timeout_s,
+        # A key takes turns with others, however many requests it sends; without keys each request is somebody's.
+        "client": f"key {caller.id}" if house.settings.auth == "keys" else None,
     }
     if body.stream:
         feed = Feed([house.hub.astream(prompt, **options) for prompt in prompts])
