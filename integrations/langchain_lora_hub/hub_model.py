@@ -41,6 +41,8 @@ class HubModel(AnswerFields, Generic[_Answer]):
 
     #: What changes answers beside this model's fields, for one call; None until it is asked for.
     _facts: dict[str, Any] | None = PrivateAttr(None)
+    #: Whether the namespace is that of one call, which the run around it must not change.
+    _placed: bool = PrivateAttr(False)
     #: In the batch that one call belongs to.
     _seat: Seat | None = PrivateAttr(None)
 
@@ -84,7 +86,7 @@ class HubModel(AnswerFields, Generic[_Answer]):
 
         LangChain's cache knows a model's fields, but not what they hold for a call, nor what functions are.
         """
-        given = _ours(with_namespace(None, kwargs))
+        given = _ours(kwargs if self._placed else with_namespace(None, kwargs))
         own = {name: value for name, value in given.items() if name in (*CALL, "base_model", *self._more_fields)}
         rest = {name: value for name, value in given.items() if name not in own}
         if own.get("bases", self.bases) == "loaded":
@@ -95,6 +97,7 @@ class HubModel(AnswerFields, Generic[_Answer]):
         taken = self.model_copy(update=own)
         if _DEEP & own.keys():
             taken._facts = None
+        taken._placed = self._placed or "namespace" in own
         return taken, rest
 
     def _ls_params(self, kind: str, stop: Sequence[str] | None, given: dict[str, Any]) -> LangSmithParams:

@@ -474,6 +474,20 @@ def test_calls_within_a_run_keep_to_its_namespace(llm: LoraRetrieverLLM, base: P
         assert chain.invoke("thanks", {"configurable": {"namespace": "ann"}}), name
     assert {member.adapter.namespace for member in llm.explain("thanks").members} == {"default"}
 
+    def names(text: str) -> list[list[str]]:
+        """What answers where the call itself names another namespace than the run around it."""
+        config: Any = {"configurable": {"namespace": "default"}}
+        answers = [
+            chat.invoke(text, namespace="default"),
+            chat.invoke(text, config),
+            *chat.batch([text, text], config),
+            list(chat.stream(text, config))[-1],
+        ]
+        return [[one["name"] for one in answer.response_metadata["route"]["adapters"]] for answer in answers]
+
+    ours = [member.adapter.name for member in chat.explain("thanks").members]
+    assert RunnableLambda(names).invoke("thanks", {"configurable": {"namespace": "ann"}}) == [ours] * 5
+
     def explained(text: str) -> object:
         return llm.explain(text)
 
