@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lora_hub_sdk.errors import LoraHubError
     from lora_hub_sdk.hub import LoraHub
     from lora_hub_sdk.intake import AdapterRequest, RegisterOutcome
+    from lora_hub_sdk.messages import Conversation, InvalidToolCall, Message, Tool, ToolCall, ToolCallPiece
     from lora_hub_sdk.registry.admission import Limits
     from lora_hub_sdk.retriever.evaluation import Evaluation, evaluate_retriever
     from lora_hub_sdk.retriever.publish import push_retriever
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from lora_hub_sdk.types import (
         Adapter,
         Completion,
+        Constraint,
         Event,
         Hit,
         Member,
@@ -53,6 +55,8 @@ __all__ = [
     "AdapterRetriever",
     "ChatLoraRetriever",
     "Completion",
+    "Constraint",
+    "Conversation",
     "EngineLimits",
     "EngineSettings",
     "EngineStats",
@@ -62,11 +66,13 @@ __all__ = [
     "GateReport",
     "GateTrainer",
     "Hit",
+    "InvalidToolCall",
     "Limits",
     "LoraHub",
     "LoraHubError",
     "LoraRetrieverLLM",
     "Member",
+    "Message",
     "MinScore",
     "ModelSettings",
     "Plan",
@@ -80,6 +86,9 @@ __all__ = [
     "Score",
     "Task",
     "Timing",
+    "Tool",
+    "ToolCall",
+    "ToolCallPiece",
     "Trace",
     "TrainingReport",
     "Usage",
@@ -94,6 +103,7 @@ __all__ = [
 _TYPES: Final = (
     "Adapter",
     "Completion",
+    "Constraint",
     "Event",
     "Hit",
     "Member",
@@ -107,8 +117,10 @@ _TYPES: Final = (
     "Trace",
     "Usage",
 )
+_MESSAGES: Final = ("Conversation", "InvalidToolCall", "Message", "Tool", "ToolCall", "ToolCallPiece")
 _HOME: Final = {
     **dict.fromkeys(_TYPES, "lora_hub_sdk.types"),
+    **dict.fromkeys(_MESSAGES, "lora_hub_sdk.messages"),
     **dict.fromkeys(("AdapterRequest", "RegisterOutcome"), "lora_hub_sdk.intake"),
     "EngineLimits": "lora_hub_sdk.engine.scheduler",
     "EngineSettings": "lora_hub_sdk.engine.settings",

@@ -76,6 +76,7 @@ if TYPE_CHECKING:
 Adapters = list[Adapter]
 Candidates = list["Candidate"]
 Completions = list[Completion]
+Counts = list[int]
 Events = list[Event]
 Hits = list[Hit]
 HitLists = list[list[Hit]]
@@ -1020,6 +1021,23 @@ class LoraHub:
 
             self._contexts[name] = context_of(self._bases.resolve(base_model, config_only=True).folder)
         return self._contexts[name]
+
+    def count_tokens(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        base_model: Reference,
+        template: Template = "auto",
+        settings: ModelSettings | None = None,
+    ) -> Counts:
+        """How many tokens each prompt is for a base model, all that the template adds and tells of tools included.
+
+        Raises:
+            ConfigurationError: a template that fails, or one that is none.
+            As ``engine``; the model is loaded where it is not.
+        """
+        making = self._making(base_model, self._base_name(base_model), settings)
+        return self._engines.use(making, lambda engine: engine.count_tokens(prompts, template=template))
 
     def unload(self, base_model: Reference, *, timeout_s: float | None = None) -> bool:
         """Free a base model's memory, once its engines have answered what they were handed.

@@ -196,7 +196,7 @@ def _check_tools(tools: tuple[Tool, ...], choice: str) -> None:
             raise ConfigurationError(f"two tools are called {tool.name!r}; give each a name of its own")
         try:
             schema = json.loads(tool.parameters)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigurationError(f"the parameters of tool {tool.name!r} are no JSON: {error}") from None
         if not isinstance(schema, dict) or schema.get("type", "object") != "object":
             raise ConfigurationError(f"the parameters of tool {tool.name!r} are no JSON schema of an object")

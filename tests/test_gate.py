@@ -143,7 +143,8 @@ def test_the_command_line_trains_a_gate_and_answers_with_it(pool: LoraHub, base:
 def test_langchains_cache_tells_gates_apart(pool: LoraHub, base: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
         sharp(pool, base, seed).save(tmp_path / f"gate{seed}")
-    prompt, options = "Translate glass to French", {"strategy": "ramole", "max_new_tokens": 6}
+    prompt = "Translate glass to French"
+    options: dict[str, Any] = {"strategy": "ramole", "max_new_tokens": 6}
     cache = InMemoryCache()
     texts = []
     for seed in (0, 1):

@@ -171,6 +171,14 @@ class ChatLoraRetriever(HubModel[AIMessage], BaseChatModel):
             model = self.bind(response_format={"type": "json_object"}, **options)
         return structured(model, schema, method, include_raw=include_raw)
 
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
+        """How many tokens the messages are for the base model, with what its template adds and tells of the tools.
+
+        Raises:
+            ConfigurationError: no base model is named; or messages, or tools, that are none.
+        """
+        return self._count(self._prompt(messages, {"tools": [tool_of(tool) for tool in tools or ()]}), self.template)
+
     # -- one conversation ---------------------------------------------------------------------------------------------
 
     def _taken(self, kwargs: dict[str, Any]) -> tuple[Self, dict[str, Any]]:

@@ -18,6 +18,7 @@ from langchain_lora_hub.gathering import outcomes, read_aside
 from langchain_lora_hub.identity import facts_of, fields_of
 from langchain_lora_hub.namespaces import with_namespace
 from langchain_lora_hub.together import Seat, Together
+from lora_hub_sdk.engine.prompt import Template
 from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.faces.answer_fields import CALL, AnswerFields
 from lora_hub_sdk.messages import Prompt
@@ -143,6 +144,22 @@ class HubModel(AnswerFields, Generic[_Answer]):
     ) -> Route:
         """As ``explain``, without blocking the event loop."""
         return await asyncio.to_thread(self.explain, input, config, **kwargs)
+
+    def get_num_tokens(self, text: str) -> int:
+        """How many tokens a text is for the base model, without any template.
+
+        Raises:
+            ConfigurationError: no base model is named, so that nobody can tell.
+        """
+        return self._count(text, None)
+
+    def _count(self, prompt: Prompt, template: Template) -> int:
+        if self.base_model is None:
+            raise ConfigurationError("base_model=None: tokens differ from base to base; name one to have them counted")
+        (count,) = self.hub.count_tokens(
+            [prompt], base_model=self.base_model, template=template, settings=self.settings
+        )
+        return count
 
     def _prompt(self, given: LanguageModelInput, rest: Mapping[str, Any]) -> Prompt:
         """What the hub is asked."""

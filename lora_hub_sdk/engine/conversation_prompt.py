@@ -12,6 +12,7 @@ from itertools import product, takewhile
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_hub_sdk.chat.formats import ToolFormat, format_of, shows_tools
+from lora_hub_sdk.chat.openai_form import tool_row
 from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.messages import Conversation, Message, Tool, ToolCall
 
@@ -82,7 +83,7 @@ class ChatTemplate:
         return str(
             self._tokenizer.apply_chat_template(
                 _rows(messages, as_text),
-                tools=[_tool_row(tool) for tool in tools] or None,
+                tools=list(map(tool_row, tools)) or None,
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=True,
@@ -191,14 +192,6 @@ def _call_row(call: ToolCall, as_text: bool) -> dict[str, Any]:
         with suppress(ValueError):
             arguments = json.loads(call.arguments)
     return {"id": _short_id(call.id), "type": "function", "function": {"name": call.name, "arguments": arguments}}
-
-
-def _tool_row(tool: Tool) -> dict[str, Any]:
-    parameters = json.loads(tool.parameters)
-    return {
-        "type": "function",
-        "function": {"name": tool.name, "description": tool.description, "parameters": parameters},
-    }
 
 
 def _short_id(given: str) -> str:

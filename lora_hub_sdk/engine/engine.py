@@ -19,7 +19,7 @@ from lora_hub_sdk.engine.adapter_store import AdapterStore
 from lora_hub_sdk.engine.adapter_templates import AdapterTemplates
 from lora_hub_sdk.engine.base_model import BaseModel
 from lora_hub_sdk.engine.call import check_timeout
-from lora_hub_sdk.engine.prompt import EncodedPrompt, PromptEncoder
+from lora_hub_sdk.engine.prompt import EncodedPrompt, PromptEncoder, Template
 from lora_hub_sdk.engine.rank_pool import RankPool
 from lora_hub_sdk.engine.request import Job, Request
 from lora_hub_sdk.engine.row_maker import NewRow, RowMaker, is_plain
@@ -229,6 +229,16 @@ class Engine:
         async with aclosing(ticket.apieces()) as pieces:
             async for piece in pieces:
                 yield piece
+
+    def count_tokens(self, prompts: Sequence[Prompt], *, template: Template = "auto") -> list[int]:
+        """How many tokens each prompt is, all that the template adds and tells of tools included.
+
+        Raises:
+            ConfigurationError: a template that fails, or one that is none.
+        """
+        encoder = PromptEncoder(self.base.tokenizer, template)
+        with self._tokenizing:
+            return [encoder.count(prompt) for prompt in prompts]
 
     # -- gates --------------------------------------------------------------------------------------------------------
 

@@ -98,6 +98,10 @@ class PromptEncoder:
             raise PromptTooLongError(row, len(ids), limit, hint=f"its {kept} no room; lower max_new_tokens")
         return EncodedPrompt(tuple(cut[0]), cut[1])
 
+    def count(self, prompt: Prompt) -> int:
+        """How many token ids the whole prompt is, all that a template adds included."""
+        return len(self._render(prompt))
+
     def tool_format(self, conversation: Conversation) -> ToolFormat:
         """How calls are written in its answer."""
         return self._chat.format(conversation) if self._template == "chat" else format_of(None)

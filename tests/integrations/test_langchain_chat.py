@@ -15,7 +15,7 @@ import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.exceptions import OutputParserException
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage, trim_messages
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField
@@ -118,6 +118,25 @@ def test_streams_add_up_to_what_invoke_gives(chat: ChatLoraRetriever) -> None:
         assert read.chunk_position == "last"
         assert read.response_metadata["route"] == whole.response_metadata["route"]
         assert read.response_metadata["finish_reason"] == whole.response_metadata["finish_reason"]
+
+
+def test_tokens_are_counted_as_the_model_sees_them(chat: ChatLoraRetriever) -> None:
+    def look_up(name: str) -> str:
+        """Find somebody's number."""
+        return name
+
+    messages = [SystemMessage("Be brief."), HumanMessage("Say hello")]
+    answer = chat.invoke(messages)
+    assert answer.usage_metadata is not None
+    assert chat.get_num_tokens_from_messages(messages) == answer.usage_metadata["input_tokens"]
+    told = chat.bind_tools([look_up]).invoke(messages).usage_metadata
+    assert told is not None
+    assert chat.get_num_tokens_from_messages(messages, tools=[look_up]) == told["input_tokens"]
+    assert 0 < chat.get_num_tokens("Say hello") < answer.usage_metadata["input_tokens"]
+    few = trim_messages(messages, max_tokens=answer.usage_metadata["input_tokens"] - 1, token_counter=chat)
+    assert few == messages[1:]
+    with pytest.raises(ConfigurationError, match="name one to have them counted"):
+        ChatLoraRetriever(hub=chat.hub).get_num_tokens("Say hello")
 
 
 def test_event_streams_tell_the_same_answer_and_keep_to_their_namespace(
