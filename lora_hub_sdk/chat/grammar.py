@@ -52,7 +52,7 @@ def calls_grammar(
     opening = marker(opener, special)
     rules = [f"calls: {calls}", f"call: {' | '.join(call(tool.name, f'args_{at}') for at, tool in enumerate(tools))}"]
     rules += [
-        f"args_{at}: %json {held_schema(json.loads(tool.parameters), lenient=True)}" for at, tool in enumerate(tools)
+        f"args_{at}: %json {held_schema(json.loads(tool.parameters), of_call=True)}" for at, tool in enumerate(tools)
     ]
     # Without its opener, a call could not be told from an answer that is JSON.
     ways = ["calls"] if bare and not (answer and not conversation.must_call) else []

@@ -20,7 +20,7 @@ _SCHEMAS: Final = ("items", "prefixItems", "additionalProperties", "anyOf", "one
 _AROUND: Final = re.compile(r"\(\?<?[=!]|\\[1-9]")
 
 
-def held_schema(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
+def held_schema(schema: Mapping[str, Any], *, of_call: bool = False) -> str:
     """A schema's text for llguidance: little white space, no unnamed properties, no endless integers.
 
     An object that may have others has to say so (``additionalProperties``): a model that may invent keys, or write any
@@ -28,14 +28,16 @@ def held_schema(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
     several there.
 
     Args:
-        lenient: words that llguidance cannot hold an answer to are passed over instead of refused.
+        of_call: for a call's arguments. They come in one line, as models write them; and words that llguidance cannot
+            hold to are passed over instead of refused.
     """
     held = _each(schema, _bound)
     if '"allOf"' not in json.dumps(schema):
         held = _each(held, _close)
-    if lenient:
+    if of_call:
         held = _each(held, _leave_out_patterns)
-    guidance = {"whitespace_pattern": WHITE_SPACE, "coerce_one_of": True, "lenient": lenient}
+    white_space = " ?" if of_call else WHITE_SPACE
+    guidance = {"whitespace_pattern": white_space, "coerce_one_of": True, "lenient": of_call}
     return json.dumps({**held, "x-guidance": guidance}, ensure_ascii=False)
 
 

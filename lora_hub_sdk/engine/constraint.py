@@ -116,7 +116,7 @@ class Constraints:
         except ConfigurationError:
             for tool in tools:
                 try:
-                    self._compiled(Constraint("json_schema", held_schema(json.loads(tool.parameters), lenient=True)))
+                    self._compiled(Constraint("json_schema", held_schema(json.loads(tool.parameters), of_call=True)))
                 except ConfigurationError as error:
                     raise ConfigurationError(f"the parameters of tool {tool.name!r}: {error}") from None
             raise

@@ -8,9 +8,9 @@ from typing import Any
 from lora_hub_sdk.chat.schema import held_schema
 
 
-def _held(schema: dict[str, Any], *, lenient: bool = False) -> dict[str, Any]:
-    held: dict[str, Any] = json.loads(held_schema(schema, lenient=lenient))
-    assert held.pop("x-guidance")["lenient"] == lenient
+def _held(schema: dict[str, Any], *, of_call: bool = False) -> dict[str, Any]:
+    held: dict[str, Any] = json.loads(held_schema(schema, of_call=of_call))
+    assert held.pop("x-guidance")["lenient"] == of_call
     return held
 
 
@@ -62,7 +62,7 @@ def test_integers_have_an_end() -> None:
         assert _held(schema) == held
 
 
-def test_only_a_lenient_schema_loses_expressions_that_look_around() -> None:
+def test_only_the_schema_of_a_call_loses_expressions_that_look_around() -> None:
     schema = {
         "type": "array",
         "items": {"type": "string", "pattern": r"^(?!a)\d$"},
@@ -70,7 +70,7 @@ def test_only_a_lenient_schema_loses_expressions_that_look_around() -> None:
     }
 
     assert _held(schema) == schema
-    assert _held(schema, lenient=True) == {
+    assert _held(schema, of_call=True) == {
         "type": "array",
         "items": {"type": "string"},
         "prefixItems": [{}, {"pattern": r"^(?:a|b)\\d+$"}],
