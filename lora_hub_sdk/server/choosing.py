@@ -44,8 +44,9 @@ class Chooser:
         """
         settings, model = self._settings, body.model
         strategy, adapters, named = body.strategy, body.adapters, False
-        if body.k is not None and body.k > settings.max_k:
-            raise _bad("k", f"k={body.k} is more than {settings.max_k}, the most adapters of a route here")
+        for field, count in (("k", body.k or 0), ("adapters", len(adapters or ()))):
+            if count > settings.max_k:
+                raise _bad(field, f"{field}: {count} are more than {settings.max_k}, the most adapters of a route here")
         if model in self._base_names:
             if adapters or strategy not in (None, BASE):
                 raise _bad("model", f"model {model!r} answers by itself; leave out adapters and strategy")

@@ -65,7 +65,8 @@ class Answered(Chosen):
     top_k: Annotated[int | None, Field(ge=0, le=1 << 20, description="0 is off.")] = None
     seed: Annotated[int | None, Field(ge=-(1 << 63), lt=1 << 63)] = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    template: Literal["auto", "chat", "alpaca", "adapter", "none"] | None = None
+    #: "adapter" is the server's to choose: strangers' templates are programs that nothing ends.
+    template: Literal["auto", "chat", "alpaca", "none"] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Read by nobody, and changing no answer.

@@ -81,3 +81,12 @@ def test_the_asynchronous_client_gets_the_same_answers(served: Served, client: o
     prompts = [f"What is {number} + 1?" for number in range(8)]
     alone = [client.completions.create(model="auto", prompt=one, max_tokens=6).choices[0].text for one in prompts]
     assert asyncio.run(_ask(served, prompts)) == alone
+
+
+@pytest.mark.parametrize("asked", [{"k": 33}, {"adapters": [f"adapter {number}" for number in range(33)]}])
+def test_a_route_of_too_many_adapters_is_refused_before_they_are_looked_for(
+    client: openai.OpenAI, asked: dict[str, Any]
+) -> None:
+    with pytest.raises(openai.BadRequestError, match="33 are more than 32, the most adapters of a route here") as error:
+        client.completions.create(model="auto", prompt="What is 2 + 2?", extra_body=asked)
+    assert error.value.param == next(iter(asked))

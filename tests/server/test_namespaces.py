@@ -250,7 +250,7 @@ _SPECIAL: Final = (
     ("/v1/completions", {"prompt": [SAMPLE, "Common to a zebra", "Where zebras live"]}),
     ("/v1/chat/completions", {"model": NAME, "stream": True}),
     ("/v1/chat/completions", {"stream": True, "stream_options": {"include_usage": True}}),
-    ("/v1/chat/completions", {"template": "adapter", "model": NAME}),
+    ("/v1/chat/completions", {"template": "alpaca", "model": NAME}),
     ("/v1/adapters/search", {"k": 100}),
     ("/v1/adapters/search", {"k": 100, "tags": [TAG]}),
     ("/v1/adapters/search", {"k": 100, "exclude": [NAME, COMMON]}),
