@@ -30,7 +30,7 @@ from lora_hub_sdk.engine.ticket import Ticket
 from lora_hub_sdk.engine.worker import Worker
 from lora_hub_sdk.errors import ConfigurationError, EngineBusyError
 from lora_hub_sdk.messages import Conversation, Piece, Prompt
-from lora_hub_sdk.models.openmp import expect_engine, give_threads_back
+from lora_hub_sdk.models.openmp import give_threads_back
 from lora_hub_sdk.types import Adapter, Completion
 
 if TYPE_CHECKING:
@@ -86,7 +86,6 @@ class Engine:
         self._worker = Worker(base, RankPool.of(base, budget), AdapterStore(host_bytes, _fitted(base, load)), limits)
         self._gate: TokenGate | None = None
         # Packing weights has left threads waiting in this thread, which another one shall have.
-        expect_engine()
         give_threads_back()
         self._limits = limits
         self._ids = count(1)
