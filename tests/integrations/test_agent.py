@@ -130,6 +130,18 @@ def test_an_agent_streams_its_calls_and_its_answer(hub: LoraHub) -> None:
     assert Found.model_validate(whole["args"]) == answer
 
 
+@pytest.mark.slow
+def test_an_agent_streams_on_an_event_loop(hub: LoraHub) -> None:
+    async def last() -> dict[str, Any]:
+        states = [state async for state in agent(hub, ProviderStrategy(Found)).astream(QUESTION, stream_mode="values")]
+        assert len(states) > 3
+        final: dict[str, Any] = states[-1]
+        return final
+
+    state = asyncio.run(last())
+    check(state["messages"], state["structured_response"], hub)
+
+
 def test_an_agent_has_an_expert_answer(hub: LoraHub) -> None:
     expert = adapter_tool(hub, "date-iso", base_model=SMOLLM2, max_new_tokens=16)
     call = {"name": expert.name, "args": {"prompt": "Write this date in ISO 8601 form: 3 mars 2021"}, "id": "1"}
