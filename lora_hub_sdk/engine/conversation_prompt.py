@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product, takewhile
@@ -53,7 +53,12 @@ class ChatTemplate:
         if calling and not shows_tools(template):
             messages, tools = told_in_text(conversation, format_of(template)), ()
         found: list[Exception] = []
-        changes = (tuple, one_call_each, alternating, lambda them: one_call_each(alternating(them)))
+        changes: Sequence[Callable[[Sequence[Message]], Sequence[Message]]] = (
+            tuple,
+            one_call_each,
+            alternating,
+            lambda them: one_call_each(alternating(them)),
+        )
         for as_text, change in product((False, True), changes):
             changed = change(messages)
             try:
