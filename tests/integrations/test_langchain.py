@@ -386,7 +386,8 @@ def test_cancelling_one_task_frees_its_row_and_no_other(endless: LoraRetrieverLL
             await asyncio.sleep(0.002)
         pieces: Any = endless.astream("Say hello", max_new_tokens=200)
         answer = await anext(pieces)
-        assert engine.stats().running == 2
+        while engine.stats().running < 2:  # its first text comes a moment before it counts
+            await asyncio.sleep(0.002)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
