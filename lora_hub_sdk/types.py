@@ -343,3 +343,8 @@ class Completion:
     trace: Trace
     tool_calls: tuple[ToolCall, ...] = ()
     invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
+
+    @property
+    def outcome(self) -> Literal["stop", "length", "tool_calls"]:
+        """How it ended, in the words of OpenAI's interface: "tool_calls" where it is complete and calls tools."""
+        return "tool_calls" if self.tool_calls and self.finish_reason == "stop" else self.finish_reason

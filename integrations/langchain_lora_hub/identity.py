@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,7 +17,7 @@ _MARKS: WeakKeyDictionary[Callable[..., Any], str] = WeakKeyDictionary()
 def facts_of(model: AnswerFields) -> dict[str, Any]:
     """What the hub holds for a model at this moment: its bases, adapters and gates. Asks SQL, so it may block."""
     facts: dict[str, Any] = {
-        "base_models": [_known_by(base) for base in _bases(model)],
+        "base_models": [_known_by(base) for base in model.possible_bases()],
         # The registry's content, and the fingerprint of the retriever that searches it.
         "registry": model.hub.digest,
     }
@@ -40,14 +40,6 @@ def mark(function: Callable[..., Any]) -> str:
         own = uuid4().hex
     name = getattr(function, "__qualname__", type(function).__qualname__)
     return f"{name}@{own}"
-
-
-def _bases(model: AnswerFields) -> Sequence[str | Path]:
-    if model.base_model is not None:
-        return (model.base_model,)
-    if isinstance(model.bases, str):
-        return model.hub.loaded_bases(model.settings)
-    return model.hub.base_models() if model.bases is None else model.bases
 
 
 def _known_by(base_model: str | Path) -> str:

@@ -101,9 +101,8 @@ class Chunks:
 
 def metadata_of(completion: Completion, *, model_name: str, model_provider: str) -> dict[str, Any]:
     """``response_metadata``: as ``info_of``, with what LangChain expects of every chat model."""
-    reason = "tool_calls" if completion.tool_calls and completion.finish_reason == "stop" else completion.finish_reason
     names = {"model_name": model_name, "model_provider": model_provider}
-    return {**info_of(completion), "finish_reason": reason, **names}
+    return {**info_of(completion), "finish_reason": completion.outcome, **names}
 
 
 def _shown(message: BaseMessage) -> BaseMessage:

@@ -75,12 +75,12 @@ def _message(text: str, calls: tuple[ToolCall, ...]) -> ChatMessage:
 
 
 def _raw(completion: Completion) -> dict[str, Any]:
-    trace, whole = completion.trace, completion.finish_reason == "stop"
+    trace = completion.trace
     return {
         "model": trace.base_model,
         "route": trace.route.as_dict(),
         "usage": completion.usage.as_dict(),
-        "finish_reason": "tool_calls" if whole and completion.tool_calls else completion.finish_reason,
+        "finish_reason": completion.outcome,
         "truncated_tokens": trace.truncated_tokens,
         "tiers": list(trace.tiers),
         "timing": None if trace.timing is None else trace.timing.as_dict(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import aclosing, closing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
@@ -79,15 +78,8 @@ class LoraRetrieverLLM(AnswerFields, SchemaPredictor):
     @property
     def metadata(self) -> LLMMetadata:
         """The context of the base model, without loading it; where it may be one of several, the shortest of theirs."""
-        bases: Sequence[str | Path]
-        if self.base_model is not None:
-            bases = [self.base_model]
-        elif self.bases is None:
-            bases = self.hub.base_models()
-        else:
-            bases = self.hub.loaded_bases(self.settings) if isinstance(self.bases, str) else self.bases
         return LLMMetadata(
-            context_window=min(map(self.hub.context, bases), default=DEFAULT_CONTEXT_WINDOW),
+            context_window=min(map(self.hub.context, self.possible_bases()), default=DEFAULT_CONTEXT_WINDOW),
             num_output=self.max_new_tokens,
             is_chat_model=True,
             is_function_calling_model=True,

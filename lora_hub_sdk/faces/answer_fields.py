@@ -107,6 +107,14 @@ class AnswerFields(BaseModel):
         """How the base model is loaded."""
         return ModelSettings(self.dtype, self.device, self.quantization)
 
+    def possible_bases(self) -> Sequence[str | Path]:
+        """The base models of which one may answer: the one asked for, or those that a search may choose from now."""
+        if self.base_model is not None:
+            return (self.base_model,)
+        if isinstance(self.bases, str):
+            return self.hub.loaded_bases(self.settings)
+        return self.hub.base_models() if self.bases is None else self.bases
+
     def asked(
         self, given: Mapping[str, Any], stop: Sequence[str] | None = None, constraint: Constraint | None = None
     ) -> dict[str, Any]:
