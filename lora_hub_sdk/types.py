@@ -13,9 +13,11 @@ from typing import Final, Literal, TypedDict
 
 from lora_hub_sdk.messages import InvalidToolCall, ToolCall
 
-#: Where a route's adapters are averaged: in the outputs of each layer, in the parameters A and B, or in the outputs
-#: with weights that a trained gate finds for each token and layer.
-Averaged = Literal["outputs", "parameters", "tokens"]
+#: Where a route's adapters are averaged: in the outputs of each layer, in the parameters A and B, in the outputs with
+#: weights that a gate finds for each token and layer, or in the parameters with those of each prompt and layer.
+Averaged = Literal["outputs", "parameters", "tokens", "prompt"]
+#: Those whose weights come from a gate.
+GATED: Final = frozenset({"tokens", "prompt"})
 #: Where adapters are registered and searched unless a caller says otherwise.
 DEFAULT_NAMESPACE: Final = "default"
 FinishReason = Literal["stop", "length"]

@@ -19,11 +19,15 @@ from lora_hub_sdk.types import Averaged, Hit, Member, Route, Routing
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """``limit`` bounds the number of adapters of a route; None leaves it to k."""
+    """``limit`` bounds the number of adapters of a route; None leaves it to k.
+
+    Where ``fixed``, nothing is searched: a gate in use has the adapters, its experts.
+    """
 
     name: str
     averaged: Averaged
     limit: int | None = None
+    fixed: bool = False
 
     def width(self, k: int) -> int:
         """How many adapters to search for when the caller asks for k."""
@@ -43,6 +47,14 @@ STRATEGIES: Final[Mapping[str, Strategy]] = {
         Strategy("fusion", "parameters"),
         # The outputs again, weighed by a trained gate at each token and module (RAMoLE, arXiv 2406.16989).
         Strategy("ramole", "tokens"),
+        # A few experts, weighed by a linear router at each token and module: all of them, or the best (paper 5.1).
+        Strategy("moe-soft", "tokens", fixed=True),
+        Strategy("moe-top3", "tokens", fixed=True),
+        Strategy("moe-top1", "tokens", fixed=True),
+        # Their parameters, weighed once for each prompt and module (SMEAR, arXiv 2306.03745).
+        Strategy("smear", "prompt", fixed=True),
+        # A whole pool, by how much each token points along what an adapter reads most (Arrow, arXiv 2405.11157).
+        Strategy("arrow", "tokens", fixed=True),
     )
 }
 
