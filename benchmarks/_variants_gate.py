@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from benchmarks._report import Report, machine
+from lora_hub_sdk.composition.ramole import Ramole
 from lora_hub_sdk.demo.training.metrics import exact_match, word_f1
 from lora_hub_sdk.hub import LoraHub
 from lora_hub_sdk.types import Routing, Sampling
@@ -29,7 +30,6 @@ from lora_hub_sdk.types import Routing, Sampling
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lora_hub_sdk.composition.ramole import Ramole
 
 _SHARED: Final = Path(__file__).resolve().parents[2] / "shared"
 _BASE: Final = "smollm2-135m-instruct"
@@ -98,7 +98,7 @@ def gate_quality(options: argparse.Namespace, folder: Path) -> Iterator[Report]:
                 hub, base_model=_BASE, output=options.gate, fraction=options.fraction, rows=_training(options, tasks)
             )
         gate = hub.use_gate(options.gate)
-        assert gate is not None
+        assert isinstance(gate, Ramole)
         groups = {"unseen": gate.training["unseen"], "trained": sorted(gate.trained)}
         for group in options.tasks.split("+"):
             rows = [
@@ -155,9 +155,9 @@ def _losses(
     """Each row's loss by the trainer's own forward: no sampling between the weights and what is measured."""
     import torch
 
+    from lora_hub_sdk.engine._encoded import Encoded
     from lora_hub_sdk.engine._gate_forward import FactorBank, GatedForward
     from lora_hub_sdk.engine._gate_rows import GateRow
-    from lora_hub_sdk.engine._gate_run import Encoded
     from lora_hub_sdk.engine.adapter_file import load_factors
     from lora_hub_sdk.engine.gate_training import GateTrainer
 

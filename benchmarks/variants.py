@@ -100,6 +100,7 @@ class RandomGate:
     digest: str
     width: int
     modules: Mapping[str, tuple[Tensor, Tensor]]
+    strategy: str = "ramole"
 
     def module(self, path: str) -> tuple[Tensor, Tensor] | None:
         return self.modules.get(path)

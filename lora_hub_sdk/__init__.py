@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         Usage,
     )
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 __all__ = [
     "Adapter",
     "AdapterRequest",

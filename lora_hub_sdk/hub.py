@@ -54,12 +54,15 @@ from lora_hub_sdk.types import (
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+    from lora_hub_sdk.composition.expert_gate import ExpertGate
     from lora_hub_sdk.composition.export import Exported
     from lora_hub_sdk.composition.ramole import Ramole
     from lora_hub_sdk.composition.weight_fitting import WeightFit
+    from lora_hub_sdk.composition.weighting import WeightRule
     from lora_hub_sdk.engine.adapter_file import Unverified
     from lora_hub_sdk.engine.base_model import ModelSettings
     from lora_hub_sdk.engine.engine import Engine
+    from lora_hub_sdk.engine.expert_training import ExpertReport
     from lora_hub_sdk.engine.gate_training import GateReport, GateRows
     from lora_hub_sdk.engine.metrics import EngineStats
     from lora_hub_sdk.engine.prompt import Overflow, Template
@@ -172,14 +175,14 @@ class LoraHub:
                 owner=None if pulled.is_local else pulled.repo_id.partition("/")[0],
             ),
         )
-        self._router = Router(self._registry, self._retriever)
+        #: By canonical name of the base model, then by strategy.
+        self._gates: dict[str, dict[str, Ramole | ExpertGate]] = {}
+        self._router = Router(self._registry, self._retriever, lambda base: self._gates.get(base, {}))
         self._desk = RoutingDesk(self._routed)
         #: What base models were called by callers who asked for them, by their canonical names.
         self._called: dict[str, Reference] = {}
         self._engine_settings = engines or EngineSettings()
         self._engines = Engines(self._engine_settings.base_bytes)
-        #: By canonical name of the base model.
-        self._gates: dict[str, Ramole] = {}
         #: Every engine that is still somewhere, by the canonical name of its base model.
         self._made: WeakKeyDictionary[Engine, str] = WeakKeyDictionary()
         #: Digests of the contents that engines read.
@@ -770,6 +773,13 @@ class LoraHub:
         self._registry.keep_rule("weights", namespace, encoder.fingerprint, found.rule.as_text())
         return found
 
+    def weight_rule(self, namespace: str = DEFAULT_NAMESPACE) -> WeightRule | None:
+        """What ``fit_weights`` found for a namespace and the current encoder, in whichever process; None: nothing."""
+        from lora_hub_sdk.composition.weighting import WeightRule
+
+        kept = self._registry.rule("weights", namespace, self.encoder.fingerprint)
+        return None if kept is None else WeightRule.of_text(kept)
+
     def evaluate_retriever(
         self,
         questions: Sequence[Question],
@@ -843,41 +853,90 @@ class LoraHub:
             self, base_model=base_model, output=output, fraction=fraction, rows=rows, namespace=namespace
         )
 
-    def use_gate(self, gate: Reference | Ramole | None, *, base_model: Reference | None = None) -> Ramole | None:
-        """Answer routes of strategy "ramole" over a base model with a gate; None takes it away again.
-
-        It holds for this hub: for its engines that are loaded, and those that will be.
+    def train_experts(
+        self,
+        *,
+        strategy: str,
+        base_model: Reference,
+        output: Reference,
+        experts: Sequence[str] | None = None,
+        rows: GateRows | None = None,
+        namespace: str = DEFAULT_NAMESPACE,
+        **recipe: Any,
+    ) -> ExpertReport:
+        """Make the gate of a strategy over fixed experts and write it as one file; ``use_gate`` then answers with it.
 
         Args:
-            gate: what ``train_gate`` wrote.
-            base_model: by default the one that the gate was trained for.
+            strategy: "moe-soft", "moe-top3", "moe-top1" or "smear", which are trained, or "arrow", which is computed.
+            base_model: that the experts are for; neither they nor it are changed.
+            output: a new file. A training that was killed goes on when it is called again.
+            experts: names of two or more adapters in service; None is every one that a gate can weigh.
+            rows: ``{"inputs", "targets"}`` each, or a file of such JSON lines; none for "arrow".
+            recipe: what ``ExpertTrainer`` is made with: seed, steps, settings and so on.
 
         Raises:
-            ConfigurationError: the file is no gate, or one for another base model; None without a base model.
+            ConfigurationError: a setting that makes no sense, an adapter that cannot be an expert, rows of another
+                form, or a file of something else.
+            As ``engine``.
+        """
+        from lora_hub_sdk.engine.expert_training import ExpertTrainer
+
+        return ExpertTrainer(**recipe).fit(
+            self,
+            strategy=strategy,
+            base_model=base_model,
+            output=output,
+            experts=experts,
+            rows=rows,
+            namespace=namespace,
+        )
+
+    def use_gate(
+        self,
+        gate: Reference | Ramole | ExpertGate | None,
+        *,
+        base_model: Reference | None = None,
+        strategy: str | None = None,
+    ) -> Ramole | ExpertGate | None:
+        """Answer routes of a gate's strategy over a base model with it; None takes it away again.
+
+        It holds for this hub: for its engines that are loaded, and those that will be. Each strategy has its own gate:
+        "ramole", and those over fixed experts.
+
+        Args:
+            gate: what ``train_gate`` or ``train_experts`` wrote.
+            base_model: by default the one that the gate was trained for.
+            strategy: with None, whose gate is taken away; by default those of all.
+
+        Raises:
+            ConfigurationError: the file is no gate, or one for another base model or strategy; None without a base
+                model.
             ModelNotFoundError: nobody has the base model's configuration.
         """
-        from lora_hub_sdk.composition.ramole import Ramole
+        from lora_hub_sdk.composition.gate_choice import changed_gates
+        from lora_hub_sdk.composition.gate_file import load_gate
 
-        chosen = gate if gate is None or isinstance(gate, Ramole) else Ramole.load(gate)
+        chosen = load_gate(gate) if isinstance(gate, str | os.PathLike) else gate
         if base_model is None and chosen is None:
             raise ConfigurationError("gate=None: name the base model that shall be without one")
         name = self._base_name(base_model or (chosen.base_model if chosen else ""))
         if chosen is not None:
             chosen.check_fits(self._layout_of(name).linears)
         with self._lock:
-            if chosen is None:
-                self._gates.pop(name, None)
+            changed = changed_gates(self._gates.get(name, {}), chosen, strategy)
+            if changed:
+                self._gates[name] = changed
             else:
-                self._gates[name] = chosen
+                self._gates.pop(name, None)
             for engine in [engine for engine, of in self._made.items() if of == name]:
-                engine.use_gate(chosen)
+                engine.use_gate(chosen, strategy=strategy)
         return chosen
 
     @property
-    def gates(self) -> dict[str, Ramole]:
-        """The gates in use, by canonical name of the base model."""
+    def gates(self) -> dict[str, dict[str, Ramole | ExpertGate]]:
+        """The gates in use, by canonical name of the base model, then by strategy."""
         with self._lock:
-            return dict(self._gates)
+            return {name: dict(gates) for name, gates in self._gates.items()}
 
     # -- how text comes out -------------------------------------------------------------------------------------------
 
@@ -1173,7 +1232,8 @@ class LoraHub:
         )
         with self._lock:
             self._made[engine] = name
-            engine.use_gate(self._gates.get(name))
+            for gate in self._gates.get(name, {}).values():
+                engine.use_gate(gate)
         return engine
 
     def _forget_unregistered(self, digests: Collection[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from langchain_lora_hub import LoraRetrieverLLM
 from typer.testing import CliRunner
 
 from lora_hub_sdk.cli import app
+from lora_hub_sdk.composition.expert_gate import RULES, ExpertGate
 from lora_hub_sdk.composition.ramole import Ramole, RouterLora
 from lora_hub_sdk.engine._gate_forward import FactorBank, GateBatch, GatedForward
 from lora_hub_sdk.engine.adapter_file import load_factors
+from lora_hub_sdk.engine.expert_forward import ExpertForward
 from lora_hub_sdk.engine.prompt import PromptEncoder
 from lora_hub_sdk.engine.request import Request
-from lora_hub_sdk.errors import ConfigurationError
+from lora_hub_sdk.errors import ConfigurationError, NoAdaptersError
 from lora_hub_sdk.hub import LoraHub
 from lora_hub_sdk.testing import tiny_adapter, tiny_base
 from lora_hub_sdk.types import Routing, Sampling
@@ -92,9 +94,9 @@ def test_a_trained_gate_answers_also_in_engines_that_are_loaded_later(
     used = pool.use_gate(tmp_path / "gate")
     assert used is not None
     assert used.digest == report.digest
-    assert {name: gate.digest for name, gate in pool.gates.items()} == {used.base_model: used.digest}
+    assert pool.gates == {used.base_model: {"ramole": used}}
     engine = pool.engine(base)
-    assert engine.gate is used
+    assert engine.gates == {"ramole": used}
     later = open_hub()
     later.use_gate(tmp_path / "gate", base_model=base)
     prompt = "Translate glass to French"
@@ -103,7 +105,7 @@ def test_a_trained_gate_answers_also_in_engines_that_are_loaded_later(
     ]
     assert answers[0] == answers[1]
     pool.use_gate(None, base_model=base)
-    assert engine.gate is None
+    assert engine.gates == {}
     assert pool.gates == {}
 
 
@@ -157,7 +159,131 @@ def test_langchains_cache_tells_gates_apart(pool: LoraHub, base: Path, tmp_path:
     assert LoraRetrieverLLM(hub=pool, base_model=base, cache=cache, **options).invoke(prompt) == texts[0]
 
 
+def of_experts(hub: LoraHub, base: Path, strategy: str, seed: int = 0, names: Sequence[str] = ()) -> ExpertGate:
+    """Random directions over the registered adapters."""
+    draw = torch.Generator().manual_seed(seed)
+    adapters = [hub.get(name) for name in names or sorted(ASKED)]
+    directions = {
+        path: torch.randn(len(adapters), d_in, generator=draw)
+        for path, (_, d_in) in hub.engine(base).base.shapes.items()
+    }
+    experts = {adapter.name: adapter.digest for adapter in adapters}
+    return ExpertGate(strategy, adapters[0].base_model, experts, directions)
+
+
+def test_every_strategy_has_a_gate_of_its_own_and_its_experts_answer(pool: LoraHub, base: Path, tmp_path: Path) -> None:
+    engine, prompt = pool.engine(base), "Translate glass to French"
+    gates = {strategy: of_experts(pool, base, strategy, seed) for seed, strategy in enumerate(RULES)}
+    for strategy, gate in gates.items():
+        gate.save(tmp_path / strategy)
+        used = pool.use_gate(tmp_path / strategy)
+        assert used is not None
+        assert used.digest == gate.digest
+    pool.use_gate(sharp(pool, base))
+    name = pool.list()[0].base_model
+    assert pool.gates[name].keys() == engine.gates.keys() == {*RULES, "ramole"}
+    texts = {}
+    for strategy in gates:
+        (completion,) = pool.generate([prompt], base_model=base, routing=Routing(strategy), sampling=Sampling(6))
+        route, texts[strategy] = completion.trace.route, completion.text
+        assert [(one.adapter.name, one.weight) for one in route.members] == [(one, 1 / 3) for one in sorted(ASKED)]
+        assert route.averaged == ("prompt" if strategy == "smear" else "tokens")
+    assert len(set(texts.values())) > 3
+    pool.use_gate(None, base_model=base, strategy="arrow")
+    assert pool.gates[name].keys() == engine.gates.keys() == {*RULES, "ramole"} - {"arrow"}
+    with pytest.raises(ConfigurationError, match=r"'arrow' needs a gate.*hub\.train_experts"):
+        pool.route([prompt], base_model=base, routing=Routing("arrow"))
+    pool.use_gate(None, base_model=base)
+    assert pool.gates == {}
+    assert engine.gates == {}
+
+
+@pytest.mark.parametrize("strategy", ["moe-soft", "moe-top1", "smear", "arrow"])
+def test_experts_answer_as_their_training_computes(pool: LoraHub, base: Path, strategy: str) -> None:
+    gate, prompt = of_experts(pool, base, strategy), "Is glass good or bad?"
+    pool.use_gate(gate)
+    (found,) = pool.generate([prompt], base_model=base, routing=Routing(strategy), sampling=Sampling(4))
+    model = pool.engine(base).base
+    forward = ExpertForward(model, [load_factors(pool.get(name)) for name in gate.experts])
+    ids, tokens = list(PromptEncoder(model.tokenizer).encode(prompt, limit=200).ids), list[int]()
+    while len(tokens) < 4 and not model.eos_ids.intersection(tokens):
+        answers = [(ids, [*tokens, token]) for token in range(model.vocabulary or 0)]
+        batch = GateBatch.of(answers, model.pad_id, model.device)
+        with torch.no_grad():
+            tokens.append(int(forward.losses(batch, gate.directions, gate.rule).argmin()))
+    told: Any = model.tokenizer
+    assert found.text == told.decode(tokens, skip_special_tokens=True)
+
+
+def test_some_of_the_experts_may_be_asked_for_and_no_others(pool: LoraHub, base: Path) -> None:
+    pool.use_gate(of_experts(pool, base, "moe-soft", names=("french", "mood")))
+
+    def members(**options: Any) -> list[str]:
+        routing = Routing("moe-soft", **options)
+        return [one.adapter.name for one in pool.route(["Is oak good?"], base_model=base, routing=routing)[0].members]
+
+    assert members() == ["french", "mood"]
+    assert members(exclude=("mood",)) == ["french"]
+    assert members(adapters=("mood",)) == ["mood"]
+    with pytest.raises(ConfigurationError, match=r"'plural' is no expert.*french, mood"):
+        members(adapters=("mood", "plural"))
+    with pytest.raises(NoAdaptersError, match="leaves out all experts"):
+        members(exclude=("mood", "french"))
+    with pytest.raises(ConfigurationError, match="give base_model"):
+        pool.route(["Is oak good?"], routing=Routing("moe-soft"))
+
+
+def test_an_expert_that_changed_since_is_refused_by_name(pool: LoraHub, base: Path, tmp_path: Path) -> None:
+    pool.use_gate(of_experts(pool, base, "arrow"))
+    pool.remove("mood")
+    samples = [ASKED["mood"].format(word) for word in WORDS]
+    pool.register(tiny_adapter(tmp_path / "other", base, seed=9), base_model=base, name="mood", samples=samples)
+    with pytest.raises(ConfigurationError, match=r"'mood' is no expert.*content.*hub\.train_experts"):
+        pool.generate(["Is oak good?"], base_model=base, routing=Routing("arrow"))
+    answered = pool.generate(["Is oak good?"], base_model=base, routing=Routing("arrow", exclude=("mood",)))
+    assert len(answered[0].trace.route.members) == 2
+
+
+def test_a_file_that_is_no_gate_is_told_and_nothing_changes(pool: LoraHub, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "note").write_text("no gate")
+    with pytest.raises(ConfigurationError, match=r"this file is no gate; hub\.train_gate\(\) and hub\.train_experts"):
+        pool.use_gate(tmp_path / "note")
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        pool.use_gate(tmp_path / "nothing")
+    with pytest.raises(ConfigurationError, match="this gate is for 'arrow'"):
+        pool.use_gate(of_experts(pool, base, "arrow"), strategy="smear")
+    assert pool.gates == {}
+
+
+def test_the_command_line_answers_with_a_gate_over_experts(pool: LoraHub, base: Path, tmp_path: Path) -> None:
+    of_experts(pool, base, "smear").save(tmp_path / "gate")
+    pool.close()
+    asked = ["generate", "Is oak good?", "--base-model", str(base), "--database", str(tmp_path / "hub.db")]
+    answered = CliRunner().invoke(
+        app, [*asked, "--strategy", "smear", "--gate", str(tmp_path / "gate"), "--max-new-tokens", "2", "--json"]
+    )
+    assert answered.exit_code == 0, answered.output
+    assert json.loads(answered.stdout)[0]["route"]["strategy"] == "smear"
+    assert CliRunner().invoke(app, [*asked, "--strategy", "smear"]).exit_code == 2
+
+
 def test_a_request_without_a_gate_is_refused_by_the_engine_itself(pool: LoraHub, base: Path) -> None:
     route = pool.route(["Translate glass to French"], base_model=base, routing=GATED)[0]
     with pytest.raises(ConfigurationError, match="needs a gate"):
         pool.engine(base).submit(Request("Translate glass to French", route))
+
+
+def test_gates_over_experts_are_made_on_the_command_line(pool: LoraHub, base: Path, tmp_path: Path) -> None:
+    pool.close()
+    rows, gate = tmp_path / "rows.jsonl", str(tmp_path / "gate.safetensors")
+    rows.write_text("".join(json.dumps({"inputs": f"Is {word} good?", "targets": word}) + "\n" for word in WORDS))
+    common = ["--database", str(tmp_path / "hub.db"), "--base-model", str(base)]
+    made = ["train-experts", gate, *common, "--strategy", "smear", "--rows", str(rows), "--steps", "2"]
+    told = CliRunner().invoke(app, [*made, "--expert", "mood", "--expert", "french", "--json"])
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)["experts"] == ["mood", "french"]
+    again = CliRunner().invoke(app, [*made, "--expert", "mood", "--expert", "french"])
+    assert "smear over 2 experts: mood, french" in again.stdout
+    assert "trained on 3 rows, 2 steps in 0 s" in again.stdout
+    arrow = CliRunner().invoke(app, ["train-experts", gate + "2", *common, "--strategy", "arrow"])
+    assert "arrow over 3 experts: french, mood, plural" in arrow.stdout

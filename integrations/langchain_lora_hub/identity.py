@@ -21,8 +21,11 @@ def facts_of(model: AnswerFields) -> dict[str, Any]:
         # The registry's content, and the fingerprint of the retriever that searches it.
         "registry": model.hub.digest,
     }
-    if model.strategy == "ramole":
-        facts["gates"] = {name: gate.digest for name, gate in model.hub.gates.items()}
+    gates = model.hub.gates
+    if gates:  # of all strategies, as a call may choose another than the model's
+        facts["gates"] = {
+            name: {strategy: gate.digest for strategy, gate in own.items()} for name, own in gates.items()
+        }
     return facts
 
 

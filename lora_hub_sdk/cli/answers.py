@@ -33,7 +33,7 @@ from lora_hub_sdk.cli.options import (
     floor_of,
 )
 from lora_hub_sdk.errors import ConfigurationError
-from lora_hub_sdk.types import DEFAULT_NAMESPACE, Completion, Hit, Route, Routing, Sampling
+from lora_hub_sdk.types import DEFAULT_NAMESPACE, GATED, Completion, Hit, Route, Routing, Sampling
 
 
 def add_to(app: typer.Typer) -> None:
@@ -83,11 +83,16 @@ def generate(
     prompts: Annotated[list[str], typer.Argument(help="Prompts, answered in one batch; - reads stdin, one per line.")],
     *,
     base_model: AnsweringBase = "smollm2-135m-instruct",
-    strategy: Annotated[str, typer.Option(help="selection, mixture, fusion, ramole or base.")] = "mixture",
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="selection, mixture, fusion, base; with --gate also ramole, moe-soft, moe-top3, moe-top1, smear, arrow"
+        ),
+    ] = "mixture",
     k: NearestCount = 3,
     weights: Annotated[str, typer.Option(help="uniform, similarity, fitted, sparse or gate.")] = "uniform",
     gate: Annotated[
-        str | None, typer.Option(help="What train-gate wrote, for --strategy ramole.", metavar="FILE")
+        str | None, typer.Option(help="For a --strategy that a gate weighs, as train-gate's ramole.", metavar="FILE")
     ] = None,
     min_score: Floor = None,
     adapter: Annotated[list[str] | None, typer.Option(help="Use this one without a search; may be repeated.")] = None,
@@ -116,10 +121,14 @@ def generate(
     """Answer prompts, each with the adapters that fit it."""
     texts, base = _with_stdin(prompts), base_of(base_model)
     quiet_libraries()
+    from lora_hub_sdk.composition.strategies import STRATEGIES
     from lora_hub_sdk.engine.base_model import ModelSettings
 
-    if (gate is None) == (strategy == "ramole"):
-        raise typer.BadParameter("--strategy ramole and --gate FILE go together; lora-hub train-gate makes the file")
+    gated = [name for name, known in STRATEGIES.items() if known.averaged in GATED]
+    if (gate is None) == (strategy in gated):
+        raise typer.BadParameter(
+            f"--gate FILE and --strategy {', '.join(gated)} go together; lora-hub train-gate makes a file for ramole"
+        )
     with open_hub(database, endpoint, index=index) as hub:
         if gate is not None:
             hub.use_gate(gate, base_model=base)

@@ -41,11 +41,19 @@ def serve(
         bool, typer.Option("--open-to-all", help="With --auth none: other machines too, to ask and to read.")
     ] = False,
     base_model: AnsweringBase = "smollm2-135m-instruct",
-    strategy: Annotated[str, typer.Option(help="selection, mixture, fusion, ramole or base.")] = "mixture",
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="selection, mixture, fusion, base; with --gate also ramole, moe-soft, moe-top3, moe-top1, smear, arrow"
+        ),
+    ] = "mixture",
     k: NearestCount = 3,
     weights: Annotated[str, typer.Option(help="uniform, similarity, fitted, sparse or gate.")] = "uniform",
     gate: Annotated[
-        str | None, typer.Option(help="What train-gate wrote, for strategy ramole.", metavar="FILE")
+        list[str] | None,
+        typer.Option(
+            help="For a strategy that a gate weighs, as train-gate's ramole; may be repeated.", metavar="FILE"
+        ),
     ] = None,
     min_score: Floor = None,
     template: Annotated[
@@ -110,8 +118,8 @@ def serve(
         )
         settings.check_host(host)
         with open_hub(database, endpoint, index=index, offline=offline) as hub:
-            if gate is not None:
-                hub.use_gate(gate, base_model=base)
+            for file in gate or ():
+                hub.use_gate(file, base_model=base)
             app = create_app(hub, settings)
             app.state.house.warm_up()
             Server(app, host, port, access_log=access_log).run()

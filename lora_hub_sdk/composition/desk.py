@@ -112,7 +112,8 @@ class RoutingDesk:
             window.join()
 
     def _window_for(self, call: _Call) -> _Window:
-        if call.routing.adapters is not None or get_strategy(call.routing.strategy).limit == 0:
+        strategy = get_strategy(call.routing.strategy)
+        if call.routing.adapters is not None or strategy.limit == 0 or strategy.fixed:
             return self._lookups
         return self._large if len(call.prompts) > _LARGE else self._searches
 

@@ -18,7 +18,8 @@ from lora_hub_sdk.errors import ConfigurationError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FORMAT: Final = "lora-hub-experts"
+#: What such a file says it is.
+FORMAT: Final = "lora-hub-experts"
 _VERSION: Final = "1"
 _DIRECTIONS: Final = ".directions.weight"
 
@@ -135,7 +136,7 @@ class ExpertGate:
     @classmethod
     def _of(cls, content: bytes) -> ExpertGate:
         tensors, told = read_tensors(content)
-        if told.get("format") != _FORMAT:
+        if told.get("format") != FORMAT:
             raise ConfigurationError("this safetensors file is no gate over experts")
         if told.get("version") != _VERSION:
             raise ConfigurationError(f"format version {told.get('version')!r}, this package reads {_VERSION!r}")
@@ -161,7 +162,7 @@ class ExpertGate:
             {"strategy": self.strategy, "experts": experts, "training": dict(self.training)}, sort_keys=True
         )
         return tensor_bytes(
-            tensors, {"format": _FORMAT, "version": _VERSION, "base_model": self.base_model, "facts": facts}
+            tensors, {"format": FORMAT, "version": _VERSION, "base_model": self.base_model, "facts": facts}
         )
 
 

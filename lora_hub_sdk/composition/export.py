@@ -24,7 +24,7 @@ from lora_hub_sdk.errors import ConfigurationError, UnsupportedRouteError
 from lora_hub_sdk.registry.adapter_config import CONFIG_FILE
 from lora_hub_sdk.registry.admission import WEIGHTS_FILE, content_digest
 from lora_hub_sdk.registry.layout import BaseLayout
-from lora_hub_sdk.types import Adapter, Member, Route
+from lora_hub_sdk.types import GATED, Adapter, Member, Route
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -171,10 +171,10 @@ def weighed_route(weights: Mapping[str, float], find: Callable[[str], Adapter], 
 
 def _members(route: Route) -> list[Member]:
     """The adapters that take part, the same content once."""
-    if route.averaged == "tokens":
+    if route.averaged in GATED:
         raise UnsupportedRouteError(
             f"a route of strategy {route.strategy!r} cannot be saved as one adapter: its weights differ from token to "
-            "token; route with mixture or fusion"
+            "token, or from prompt to prompt; route with mixture or fusion"
         )
     found: dict[str, Member] = {}
     for member in route.members:

@@ -1,8 +1,14 @@
-"""Weights for each token and module instead of one for each prompt: the protocol that the engine serves."""
+"""Weights for each token and module, or each prompt and module, instead of one for each prompt: what the engine serves.
+
+A gate scores a row's adapters by their outputs (``TokenGate``), or a fixed set of them by a module's input
+(``ExpertGate``). Both turn scores into weights by themselves.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from lora_hub_sdk.composition.expert_gate import ExpertGate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,6 +21,11 @@ class TokenGate(Protocol):
     query q = a x (width,) its score is <q, b^T v>. As b^T s_i B_i (width, r_i) is known once the adapter is, v itself
     is never needed: the cost is b * l * (sum of r) * width multiplications instead of b * l * p * d.
     """
+
+    @property
+    def strategy(self) -> str:
+        """The strategy whose routes it weighs."""
+        ...
 
     @property
     def digest(self) -> str:
@@ -33,3 +44,6 @@ class TokenGate(Protocol):
     def weights(self, scores: Tensor) -> Tensor:
         """From scores (..., k) to weights of the same shape; -inf marks places without a member. Differentiable."""
         ...
+
+
+Gate: TypeAlias = TokenGate | ExpertGate

@@ -17,7 +17,8 @@ from lora_hub_sdk.errors import ConfigurationError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FORMAT: Final = "lora-hub-ramole"
+#: What such a file says it is.
+FORMAT: Final = "lora-hub-ramole"
 _VERSION: Final = "1"
 _A, _B = ".router_a.weight", ".router_b.weight"
 
@@ -56,6 +57,11 @@ class Ramole:
         widths = {size for router in self.routers.values() for size in (router.a.shape[0], router.b.shape[1])}
         if len(widths) != 1 or not min(widths):
             raise ConfigurationError(f"a gate needs routers of one width above 0; found widths {sorted(widths)}")
+
+    @property
+    def strategy(self) -> str:
+        """The one that it serves."""
+        return "ramole"
 
     @cached_property
     def width(self) -> int:
@@ -114,7 +120,7 @@ class Ramole:
     @classmethod
     def _of(cls, content: bytes) -> Ramole:
         tensors, told = read_tensors(content)
-        if told.get("format") != _FORMAT:
+        if told.get("format") != FORMAT:
             raise ConfigurationError("this safetensors file is no RAMoLE gate")
         if told.get("version") != _VERSION:
             raise ConfigurationError(f"format version {told.get('version')!r}, this package reads {_VERSION!r}")
@@ -139,7 +145,7 @@ class Ramole:
         for path, router in self.routers.items():
             tensors |= {path + _A: router.a, path + _B: router.b}
         facts = json.dumps({"trained": dict(self.trained), "training": dict(self.training)}, sort_keys=True)
-        told = {"format": _FORMAT, "version": _VERSION, "base_model": self.base_model, "facts": facts}
+        told = {"format": FORMAT, "version": _VERSION, "base_model": self.base_model, "facts": facts}
         return tensor_bytes(tensors, told)
 
 

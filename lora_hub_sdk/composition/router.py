@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from lora_hub_sdk.composition.expert_gate import ExpertGate
+from lora_hub_sdk.composition.gate_choice import missing_gate, unknown_expert
+from lora_hub_sdk.composition.gates import Gate
 from lora_hub_sdk.composition.strategies import Strategy, check_routing, get_strategy, route_from_hits
 from lora_hub_sdk.composition.weigher import Weigher
 from lora_hub_sdk.composition.weighting import uniform
@@ -20,11 +23,22 @@ from lora_hub_sdk.types import Hit, Member, Route, Routing
 
 
 class Router:
-    """Routes prompts over one registry. ``retriever`` is asked only when something has to be searched."""
+    """Routes prompts over one registry.
 
-    def __init__(self, registry: Registry, retriever: Retriever) -> None:
+    Args:
+        retriever: is asked only when something has to be searched.
+        gates: the gates in use for a base model, by strategy; those over experts have the adapters of their routes.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        retriever: Retriever,
+        gates: Callable[[str], Mapping[str, Gate]] = lambda _: {},
+    ) -> None:
         self._registry = registry
         self._retriever = retriever
+        self._gates = gates
         self._weigher = Weigher(registry, retriever)
 
     def route(self, prompts: Sequence[str], base_model: str | None, routing: Routing) -> list[Route]:
@@ -35,6 +49,7 @@ class Router:
 
         Raises:
             UnknownStrategyError, ConfigurationError, EmptyPromptError: a call that makes no sense.
+            ConfigurationError: a strategy over fixed experts without a gate in use, or whose experts changed.
             AdapterNotFoundError, RetiredError: a named adapter is not registered, or was taken out of service.
             NoAdaptersError: nothing to route to.
         """
@@ -44,6 +59,8 @@ class Router:
         strategy = get_strategy(routing.strategy)
         if routing.adapters is not None:
             return [self._named(strategy, base_model, routing)] * len(prompts)
+        if strategy.fixed:
+            return [self._experts(strategy, base_model or "", routing)] * len(prompts)
         if base_model is None:
             return self._by_nearest(strategy, prompts, routing)
         if strategy.limit == 0:
@@ -67,9 +84,40 @@ class Router:
             raise ConfigurationError(
                 f"adapter {first.name!r} is for base {first.base_model!r}, bases={list(routing.bases)!r} leaves it out"
             )
+        if strategy.fixed:
+            gate = self._gate(strategy, first.base_model)
+            for adapter in adapters:
+                if adapter.digest not in gate.experts.values():
+                    raise unknown_expert(adapter.name, gate)
         weights = routing.adapter_weights or uniform(adapters)
         members = tuple(Member(one, float(weight)) for one, weight in zip(adapters, weights, strict=True) if weight)
         return Route(strategy.name, strategy.averaged, members, first.base_model)
+
+    def _experts(self, strategy: Strategy, base_model: str, routing: Routing) -> Route:
+        """The adapters of the gate in use, but for those left out."""
+        gate = self._gate(strategy, base_model)
+        members = []
+        for name, digest in gate.experts.items():
+            if name in routing.exclude:
+                continue
+            adapter = self._registry.in_service(name, routing.namespace)
+            if adapter.digest != digest or adapter.base_model != base_model:
+                raise unknown_expert(name, gate)
+            members.append(adapter)
+        if not members:
+            raise NoAdaptersError(
+                f"exclude={list(routing.exclude)!r} leaves out all experts of the gate in use for strategy "
+                f"{strategy.name!r}: {', '.join(gate.experts)}"
+            )
+        shares = uniform(members)
+        found = tuple(Member(one, share) for one, share in zip(members, shares, strict=True))
+        return Route(strategy.name, strategy.averaged, found, base_model)
+
+    def _gate(self, strategy: Strategy, base_model: str) -> ExpertGate:
+        gate = self._gates(base_model).get(strategy.name)
+        if not isinstance(gate, ExpertGate):
+            raise missing_gate(strategy.name, base_model)
+        return gate
 
     def _by_nearest(self, strategy: Strategy, prompts: Sequence[str], routing: Routing) -> list[Route]:
         places: dict[str, list[int]] = {}
@@ -169,7 +217,8 @@ def check_base(base_model: str | os.PathLike[str] | None, routing: Routing) -> N
             f"base_model={os.fspath(base_model)!r} and bases={bases!r} were both given; bases is for calls that leave "
             "the base model to the search, with base_model=None"
         )
-    if base_model is None and routing.adapters is None and get_strategy(routing.strategy).limit == 0:
+    strategy = get_strategy(routing.strategy)
+    if base_model is None and routing.adapters is None and (strategy.limit == 0 or strategy.fixed):
         raise ConfigurationError(
             f"strategy {routing.strategy!r} searches for no adapter that could tell the base model; give base_model=..."
         )

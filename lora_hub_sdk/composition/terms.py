@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lora_hub_sdk.types import Averaged, Route
+from lora_hub_sdk.types import GATED, Averaged, Route
 
 #: (digest, rank, weight) of each member.
 Members = tuple[tuple[str, int, float], ...]
@@ -28,15 +28,18 @@ class RouteTerms:
     """R stacked ranks: those of ``digests`` one after the other. ``partners`` and ``weights`` are R x J.
 
     J is 1 in a mixture, and the number of members that reach a depth in a fusion. ``shares`` are the members' weights,
-    ``owners`` tells for each rank its place among ``digests``. Where ``gated``, weights come from a gate instead.
+    ``owners`` tells for each rank its place among ``digests``, and ``depths`` its place in its adapter. Where
+    ``gated``, weights come from a gate instead; where ``fused``, ranks of one depth are averaged, whoever weighs them.
     """
 
     digests: tuple[str, ...]
     shares: tuple[float, ...]
     owners: tuple[int, ...]
+    depths: tuple[int, ...]
     partners: tuple[tuple[int, ...], ...]
     weights: tuple[tuple[float, ...], ...]
     gated: bool = False
+    fused: bool = False
 
     @property
     def size(self) -> int:
@@ -74,7 +77,9 @@ def _terms(members: Members, averaged: Averaged) -> RouteTerms:
         digests=tuple(digest for digest, _, _ in members),
         shares=tuple(weight for _, _, weight in members),
         owners=tuple(place for place, (_, rank, _) in enumerate(members) for _ in range(rank)),
+        depths=tuple(depth for depth, _ in owners),
         partners=partners,
         weights=mixing,
-        gated=averaged == "tokens",
+        gated=averaged in GATED,
+        fused=averaged in ("parameters", "prompt"),
     )

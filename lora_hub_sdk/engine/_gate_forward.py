@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_hub_sdk.composition.ramole import gate_scores, gate_weights
+from lora_hub_sdk.engine.linear import Product, using
 from lora_hub_sdk.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: a (width, d_in) and b (d_out, width) of each module's router.
 Routers = Mapping[str, tuple[Tensor, Tensor]]
+#: From a linear module's own product to what it computes in a pass.
+Change = Callable[[Product], Product]
 
 
 class FactorBank:
@@ -62,7 +64,7 @@ class GateBatch:
     """Rows padded on the right: ``ids`` and ``mask`` (b, l).
 
     ``at`` (n,) are the positions in the flat batch that predict an answer's tokens, ``targets`` (n,) these tokens, and
-    ``shares`` (n,) what each counts: those of a row sum to 1.
+    ``shares`` (n,) what each counts: those of a row sum to 1. ``prompts`` (b,) are the prompts' lengths.
     """
 
     ids: Tensor
@@ -70,6 +72,7 @@ class GateBatch:
     at: Tensor
     targets: Tensor
     shares: Tensor
+    prompts: Tensor
 
     @classmethod
     def of(cls, rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int, device: torch.device) -> GateBatch:
@@ -89,21 +92,54 @@ class GateBatch:
             torch.tensor(at, device=device),
             torch.tensor([token for _, answer in rows for token in answer], device=device),
             torch.tensor([1 / len(answer) for _, answer in rows for _ in answer], device=device),
+            torch.tensor([len(prompt) for prompt, _ in rows], device=device),
         )
 
 
-class GatedForward:
-    """Losses of answers under mixtures of a bank's adapters; gradients reach the routers and nothing else.
+class AnswerPass:
+    """Losses of answers in passes in which some linear modules compute otherwise.
 
-    It takes over the forward of linear modules for a pass, as the engine does, and the model is as it came after it.
+    It takes over the forward of modules for a pass, as the engine does, and the model is as it came after it.
     """
 
-    def __init__(self, base: BaseModel, bank: FactorBank) -> None:
-        self._base, self._bank = base, bank
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
         self._head = next(
             (path for path, module in base.modules.items() if module is cast(Any, base.model).get_output_embeddings()),
             None,
         )
+
+    def losses(
+        self, batch: GateBatch, changes: Mapping[str, Change], products: Mapping[str, Product] | None = None
+    ) -> Tensor:
+        """Each row's mean of -log p over its answer's tokens, (b,), float32.
+
+        Args:
+            changes: by the paths of the modules.
+            products: what modules compute by themselves, where not by their forward; these may have no gradient.
+        """
+        run: Any = self._base.model
+        wanted = dict(changes)
+        if self._head is not None:
+            wanted.setdefault(self._head, lambda product: _some(product, batch.at))
+        # Only in our turn is a module's forward its own.
+        with self._base.turn:
+            own = dict(products or {})
+            own |= {path: change(own.get(path, self._base.modules[path].forward)) for path, change in wanted.items()}
+            with using(self._base.modules, own):
+                logits = run(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+        chosen = logits.flatten(0, 1)
+        if len(chosen) != len(batch.at):
+            chosen = chosen[batch.at]
+        each = nn.functional.cross_entropy(chosen.float(), batch.targets, reduction="none") * batch.shares
+        return torch.zeros(len(batch.ids), device=each.device).index_add(0, batch.at // batch.ids.shape[1], each)
+
+
+class GatedForward:
+    """Losses of answers under mixtures of a bank's adapters; gradients reach the routers and nothing else."""
+
+    def __init__(self, base: BaseModel, bank: FactorBank) -> None:
+        self._bank, self._pass = bank, AnswerPass(base)
 
     def losses(
         self,
@@ -119,75 +155,63 @@ class GatedForward:
             routers: None weighs a row's adapters by ``shares`` alone.
             shares: what each row's adapters weigh where scores are equal; None is alike.
         """
-        run: Any = self._base.model
-        with self._base.turn, self._patched(batch, members, routers, shares):
-            logits = run(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-        chosen = logits.flatten(0, 1)
-        if len(chosen) != len(batch.at):
-            chosen = chosen[batch.at]
-        each = nn.functional.cross_entropy(chosen.float(), batch.targets, reduction="none") * batch.shares
-        return torch.zeros(len(batch.ids), device=each.device).index_add(0, batch.at // batch.ids.shape[1], each)
-
-    @contextmanager
-    def _patched(
-        self,
-        batch: GateBatch,
-        members: Sequence[Sequence[int]],
-        routers: Routers | None,
-        shares: Sequence[Sequence[float]] | None,
-    ) -> Iterator[None]:
         places, present = self._bank.members(members)
         prior = torch.zeros(present.shape, device=present.device).masked_fill(~present, -torch.inf)
         for row, own in enumerate(shares or ()):
             prior[row, : len(own)] = torch.tensor(own).log()
-        taken: dict[str, Callable[[Tensor], Tensor]] = {}
+        changes: dict[str, Change] = {}
         for path, factors in self._bank.modules.items():
-            product = self._base.modules[path].forward
             router = None if routers is None else routers.get(path)
-            taken[path] = _gated(path, product, factors, router, places, prior, batch.ids.shape[1])
-        if self._head is not None and self._head not in taken:
-            taken[self._head] = _some(self._base.modules[self._head].forward, batch.at)
-        try:
-            for path, forward in taken.items():
-                self._base.modules[path].__dict__["forward"] = forward
-            yield
-        finally:
-            for path in taken:
-                self._base.modules[path].__dict__.pop("forward", None)
+            changes[path] = _gated(path, factors, router, places, prior, batch.ids.shape[1])
+        return self._pass.losses(batch, changes)
 
 
 def _gated(
     path: str,
-    product: Callable[[Tensor], Tensor],
     factors: tuple[Tensor, Tensor],
     router: tuple[Tensor, Tensor] | None,
     places: Tensor,
     prior: Tensor,
     tokens: int,
-) -> Callable[[Tensor], Tensor]:
+) -> Change:
     rows, k, r = places.shape
     a, b = (table[places.view(-1)].view(rows, k * r, -1) for table in factors)
 
-    def forward(x: Tensor) -> Tensor:
-        output = product(x)
-        by_row = x if x.dim() == 3 else x.reshape(-1, tokens, x.shape[-1])
-        if by_row.shape[:2] != (rows, tokens):
-            raise ConfigurationError(f"{path!r} is given some tokens only, as a routed expert: no gate can be trained")
-        by_row = by_row.to(a.dtype)
-        hidden = (by_row @ a.transpose(1, 2)).view(rows, tokens, k, r)
+    def added(x: Tensor) -> Tensor:
+        hidden = (x @ a.transpose(1, 2)).view(rows, tokens, k, r)
         if router is None:
             weights = gate_weights(prior[:, None].expand(rows, tokens, k), 1)
         else:
             gate_a, gate_b = (part.to(a.dtype) for part in router)
             keys = (b @ gate_b).view(rows, k, r, -1)
-            scores = gate_scores(hidden, by_row @ gate_a.t(), keys)
+            scores = gate_scores(hidden, x @ gate_a.t(), keys)
             weights = gate_weights(scores + prior[:, None] * len(gate_a) ** 0.5, len(gate_a))
-        mixed = (hidden * weights.to(hidden.dtype)[..., None]).view(rows, tokens, k * r)
-        return output + (mixed @ b).view(output.shape).to(output.dtype)
+        return (hidden * weights.to(hidden.dtype)[..., None]).view(rows, tokens, k * r) @ b
 
-    return forward
+    return by_rows(path, (rows, tokens), a.dtype, added)
 
 
-def _some(product: Callable[[Tensor], Tensor], at: Tensor) -> Callable[[Tensor], Tensor]:
+def by_rows(path: str, shape: tuple[int, int], dtype: torch.dtype, added: Product) -> Change:
+    """Adds to a module's product what ``added`` makes of its inputs (b, l, d_in) in a dtype.
+
+    Args:
+        path: of the module, for the error.
+        shape: b and l.
+    """
+
+    def change(product: Product) -> Product:
+        def forward(x: Tensor) -> Tensor:
+            output = product(x)
+            rows = x if x.dim() == 3 else x.reshape(-1, shape[1], x.shape[-1])
+            if rows.shape[:2] != shape:
+                raise ConfigurationError(f"{path!r} is given some tokens only, as in a routed expert: no gate fits it")
+            return output + added(rows.to(dtype)).view(output.shape).to(output.dtype)
+
+        return forward
+
+    return change
+
+
+def _some(product: Product, at: Tensor) -> Product:
     """The head's product at the answers' positions alone: over all, it can be most of a small model's work."""
     return lambda hidden: product(hidden.flatten(0, 1)[at])[None]

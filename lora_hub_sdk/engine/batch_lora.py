@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from lora_hub_sdk.composition.terms import RouteTerms
 from lora_hub_sdk.engine.forms import Form, choose_form
+from lora_hub_sdk.engine.gate_places import Gating, Places, places_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from lora_hub_sdk.composition.gates import TokenGate
+    from lora_hub_sdk.composition.gates import Gate
     from lora_hub_sdk.engine.extras import Extras, Forward
     from lora_hub_sdk.engine.rank_pool import Table
 
@@ -24,18 +25,23 @@ if TYPE_CHECKING:
 class RowLora:
     """One row: its route's terms, and the rows of the pool where their ranks lie, R of them.
 
-    ``gate`` is the digest of the gate that its weights come from, where the terms are gated.
+    ``gate`` is the digest of the gate that its weights come from, where the terms are gated. Where that finds them once
+    for a prompt, ``kept`` has them from then on: by the paths of a table (n, k).
     """
 
     terms: RouteTerms
     ranks: tuple[int, ...]
     gate: str | None = None
+    kept: dict[tuple[str, ...], Tensor] | None = field(default=None, compare=False)
 
 
 class BatchLora:
     """b rows, S ranks of all of them together. Made anew whenever the rows change; its tensors are made when asked for.
 
     All mixings go by positions: rank s of the batch becomes sum_j ``weights[s, j]`` * h[``partners[s, j]``].
+
+    Args:
+        prompt: where prompts are read as a whole, (b, l), which of the tokens are a row's own.
     """
 
     def __init__(
@@ -44,11 +50,13 @@ class BatchLora:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        gates: Mapping[str, TokenGate] | None = None,
+        gates: Mapping[str, Gate] | None = None,
+        prompt: Tensor | None = None,
     ) -> None:
         self.rows = tuple(rows)
         self.device, self.dtype = device, dtype
         self.gates = gates or {}
+        self.prompt = prompt
         #: The pool's tables that these rows need, once a pass has asked for them.
         self.tables: Mapping[str, tuple[Table, int]] | None = None
         self._routes = list(dict.fromkeys(self.rows))
@@ -57,7 +65,8 @@ class BatchLora:
         self._affine: dict[str, Affine | None] = {}
         self._saved: dict[str, list[Saved]] = {}
         self._norms: dict[str, dict[str, Tensor]] = {}
-        self._gating: dict[bool, list[Gating]] = {}
+        self._places: dict[Form, Places] = {}
+        self._kept: dict[tuple[str, tuple[str, ...]], Tensor] = {}
         self._dense: dict[tuple[str, ...], DenseTable] = {}
 
     @property
@@ -77,6 +86,7 @@ class BatchLora:
             routes=len(self._routes),
             looked_up=sum(len(row.ranks) for row in self.rows),
             different=len(self.different),
+            widest=max(len(row.ranks) for row in self.rows),
         )
 
     @cached_property
@@ -118,7 +128,7 @@ class BatchLora:
 
             shares = {digest: self._shares[digest] for digest, one in extras.items() if path in one.saved}
             self._saved[path] = [
-                Saved(extras[digest].saved[path], self._index(list(own)), self._weights(torch.tensor([*own.values()])))
+                Saved(extras[digest].saved[path], self.index(list(own)), self._weights(torch.tensor([*own.values()])))
                 for digest, own in shares.items()
             ]
         return self._saved[path]
@@ -165,33 +175,34 @@ class BatchLora:
 
     # -- gates --------------------------------------------------------------------------------------------------------
 
-    def gating(self, padded: bool) -> list[Gating]:
-        """For each gate, which ranks it weighs; ``padded`` for places (b, R), else for the S ranks."""
-        if padded not in self._gating:
-            self._gating[padded] = [
-                self._gating_of(gate, padded) for gate in dict.fromkeys(row.gate for row in self.rows) if gate
-            ]
-        return self._gating[padded]
+    def places(self, form: Form) -> Places:
+        """Where the ranks of a batch with gates lie in a form."""
+        if form not in self._places:
+            self._places[form] = places_of(self, form)
+        return self._places[form]
 
-    def _gating_of(self, gate: str, padded: bool) -> Gating:
+    def kept(self, gating: Gating, paths: tuple[str, ...], find: Callable[[], Tensor]) -> Tensor:
+        """The weights (m, n, k) of rows that have them for their whole prompts.
+
+        Args:
+            find: gives them where prompts are being read; a row that has some already keeps its own.
+        """
         import torch
 
-        members = max(len(row.terms.digests) for row in self.rows)
-        width = max(len(row.ranks) for row in self.rows)
-        present = torch.zeros(len(self.rows), members, dtype=torch.bool)
-        slots: list[int] = []
-        mine: list[bool] = []
-        for place, row in enumerate(self.rows):
-            own = row.gate == gate
-            if own:
-                present[place, : len(row.terms.digests)] = True
-            missing = width - len(row.ranks) if padded else 0
-            base = 0 if padded else place * members
-            slots += [*(base + owner for owner in row.terms.owners), *[0] * missing]
-            mine += [own] * len(row.ranks) + [False] * missing
-        shape = (len(self.rows), width) if padded else (-1,)
-        owned = torch.tensor(mine, dtype=torch.bool, device=self.device)
-        return Gating(gate, present.to(self.device), self._index(slots).view(shape), owned.view(shape))
+        key = (gating.gate, paths)
+        if key not in self._kept:
+            rows, most = [self.rows[place] for place in gating.places], gating.present.shape[1]
+            if self.prompt is None:
+                # A row without any has no adapter here, nor had it when its prompt was read.
+                found = torch.zeros(len(rows), len(paths), most, dtype=self.dtype, device=self.device)
+            else:
+                found = find().clone()
+            for own, row in zip(found, rows, strict=True):
+                if row.kept is not None:
+                    mine = own[:, : len(row.terms.digests)]
+                    mine.copy_(row.kept.get(paths, mine) if self.prompt is None else row.kept.setdefault(paths, mine))
+            self._kept[key] = found
+        return self._kept[key]
 
     # -- shared -------------------------------------------------------------------------------------------------------
 
@@ -254,11 +265,6 @@ class BatchLora:
             return hidden.mul_(self.weights)
         return (hidden[..., self.partners] * self.weights).sum(-1)
 
-    @property
-    def owners(self) -> Tensor:
-        """(S,) the batch row of each rank."""
-        return self._flat[2]
-
     @cached_property
     def _flat(self) -> tuple[Tensor, Tensor, Tensor]:
         """The S pool rows; where each batch row's begin; to which batch row each belongs."""
@@ -268,7 +274,7 @@ class BatchLora:
         owners = [place for place, size in enumerate(sizes) for _ in range(size)]
         starts = list(accumulate(sizes, initial=0))[:-1]
         return (
-            self._index([rank for row in self.rows for rank in row.ranks]),
+            self.index([rank for row in self.rows for rank in row.ranks]),
             torch.tensor(starts, device=self.device),
             torch.tensor(owners, dtype=torch.long, device=self.device),
         )
@@ -303,7 +309,7 @@ class BatchLora:
             ranks.append([*row.ranks, *[0] * missing])
             partners.append([[*one, *[0] * (depth - len(one))] for one in (*row.terms.partners, *[()] * missing)])
             weights.append([[*one, *[0.0] * (depth - len(one))] for one in (*row.terms.weights, *[()] * missing)])
-        return self._index(ranks), torch.tensor(partners, device=self.device), self._weights(torch.tensor(weights))
+        return self.index(ranks), torch.tensor(partners, device=self.device), self._weights(torch.tensor(weights))
 
     # -- dense --------------------------------------------------------------------------------------------------------
 
@@ -311,7 +317,7 @@ class BatchLora:
     def positions(self) -> tuple[Tensor, Tensor]:
         """For each of the S ranks its batch row, and its place among ``different``."""
         place = {rank: at for at, rank in enumerate(self.different)}
-        return self._flat[2], self._index([place[rank] for row in self.rows for rank in row.ranks])
+        return self._flat[2], self.index([place[rank] for row in self.rows for rank in row.ranks])
 
     @cached_property
     def matrix(self) -> Tensor:
@@ -325,17 +331,24 @@ class BatchLora:
     def dense(self, table: Table) -> DenseTable:
         """The T different ranks of a table, copied side by side once a batch."""
         if table.paths not in self._dense:
-            index = self._index(self.different)
+            index = self.index(self.different)
             self._dense[table.paths] = DenseTable(
                 table.a[index].transpose(0, 1).reshape(-1, table.a.shape[-1]),
                 [one for tensor in table.b for one in tensor[index].transpose(0, 1).contiguous()],
             )
         return self._dense[table.paths]
 
-    def _index(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+    def index(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        """Whole numbers on the batch's device."""
         import torch
 
         return torch.tensor(values, dtype=torch.long, device=self.device)
+
+    def numbers(self, values: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
+        """Numbers on the batch's device, in its dtype."""
+        import torch
+
+        return self._weights(torch.tensor(values))
 
     def _weights(self, values: Tensor) -> Tensor:
         return values.to(self.device, self.dtype)
@@ -356,19 +369,6 @@ class Saved:
     forward: Forward
     rows: Tensor
     weights: Tensor
-
-
-@dataclass(frozen=True)
-class Gating:
-    """Which members a gate weighs: ``present`` (b, k). For each rank its member's ``slot``, and whether it is ``mine``.
-
-    Of padded places both are (b, R) and slots count within the row, else (S,) and they count through all rows.
-    """
-
-    gate: str
-    present: Tensor
-    slot: Tensor
-    mine: Tensor
 
 
 @dataclass(frozen=True)

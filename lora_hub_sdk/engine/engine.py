@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import aclosing
 from dataclasses import replace
@@ -14,6 +14,8 @@ from queue import SimpleQueue
 from time import sleep
 from typing import TYPE_CHECKING, Any, Final
 
+from lora_hub_sdk.composition.expert_gate import ExpertGate
+from lora_hub_sdk.composition.gate_choice import changed_gates, gate_for
 from lora_hub_sdk.engine.adapter_file import Unverified, open_factors
 from lora_hub_sdk.engine.adapter_store import AdapterStore
 from lora_hub_sdk.engine.adapter_templates import AdapterTemplates
@@ -35,7 +37,7 @@ from lora_hub_sdk.types import Adapter, Completion
 
 if TYPE_CHECKING:
     from lora_hub_sdk.composition.factors import AdapterFactors
-    from lora_hub_sdk.composition.gates import TokenGate
+    from lora_hub_sdk.composition.gates import Gate
     from lora_hub_sdk.engine.metrics import EngineMetrics, EngineStats
 
 #: On a CPU; on a GPU so much of the memory that is free once the model is there.
@@ -84,7 +86,8 @@ class Engine:
             limits = EngineLimits(max_tokens=max(_budget(base, _CACHE_BYTES, _CACHE_SHARE) // _place_bytes(base), 1))
         limits = replace(limits, max_ranks=max(min(limits.max_ranks, budget // _rank_bytes(base)), 1))
         self._worker = Worker(base, RankPool.of(base, budget), AdapterStore(host_bytes, _fitted(base, load)), limits)
-        self._gate: TokenGate | None = None
+        self._gates: Mapping[str, Gate] = {}
+        self._choosing = threading.Lock()
         # Packing weights has left threads waiting in this thread, which another one shall have.
         give_threads_back()
         self._limits = limits
@@ -242,20 +245,24 @@ class Engine:
     # -- gates --------------------------------------------------------------------------------------------------------
 
     @property
-    def gate(self) -> TokenGate | None:
-        """What finds the weights of routes whose adapters are averaged by tokens."""
-        return self._gate
+    def gates(self) -> Mapping[str, Gate]:
+        """By strategy, what finds the weights of routes that are weighed by a gate."""
+        return self._gates
 
-    def use_gate(self, gate: TokenGate | None) -> None:
-        """Use this gate for requests handed in from now on; those before keep theirs.
+    def use_gate(self, gate: Gate | None, *, strategy: str | None = None) -> None:
+        """Use this gate for requests of its strategy handed in from now on; those before keep theirs.
+
+        Args:
+            gate: None takes the gate of ``strategy`` away, or those of all.
 
         Raises:
-            ConfigurationError: it is for other modules than this model's.
+            ConfigurationError: it is for other modules than this model's, or for another strategy.
         """
         if gate is not None:
             _check_gate(gate, self.base)
-            self._worker.add_gate(gate)
-        self._gate = gate
+        with self._choosing:
+            self._gates = changed_gates(self._gates, gate, strategy)
+            self._worker.use_gates(tuple(self._gates.values()))
 
     # -- end ----------------------------------------------------------------------------------------------------------
 
@@ -282,19 +289,13 @@ class Engine:
     ) -> list[Ticket]:
         client = client or f"call {next(self._ids)}"
         jobs = []
-        gate = self._gate
+        gates = self._gates
         for request, (prompt, new_row), ticket_of in zip(requests, encoded, make, strict=True):
-            gated = request.route.averaged == "tokens" and bool(request.route.members)
-            if gated and gate is None:
-                raise ConfigurationError(
-                    f"strategy {request.route.strategy!r} needs a gate for base model {self.base.id!r}, and none is in "
-                    "use; train one with hub.train_gate, or give one to hub.use_gate"
-                )
+            gate = gate_for(request.route, gates, self.base.id)
             job_id = next(self._ids)
             ticket = ticket_of(partial(self._worker.withdraw, job_id))
             row = new_row(ticket.show if ticket.streams else None)
-            own_gate = gate.digest if gated and gate is not None else None
-            jobs.append(Job(job_id, request.client or client, request, prompt, row, ticket, own_gate))
+            jobs.append(Job(job_id, request.client or client, request, prompt, row, ticket, gate))
         self._worker.submit(jobs)
         return [job.ticket for job in jobs]
 
@@ -351,7 +352,10 @@ def _fitted(
     return loaded
 
 
-def _check_gate(gate: TokenGate, base: BaseModel) -> None:
+def _check_gate(gate: Gate, base: BaseModel) -> None:
+    if isinstance(gate, ExpertGate):
+        gate.check_fits(base.shapes)
+        return
     for path, (d_out, d_in) in base.shapes.items():
         own = gate.module(path)
         if own is None:

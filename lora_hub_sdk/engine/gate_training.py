@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from lora_hub_sdk.composition.ramole import Ramole, write_whole
 from lora_hub_sdk.engine._gate_rows import GateRow, hold_out, read_gate_rows
+from lora_hub_sdk.engine._recipe import Recipe
 from lora_hub_sdk.engine.adapter_file import load_factors
+from lora_hub_sdk.engine.expert_pool import AdapterSource, finished, new_file, unweighable
 from lora_hub_sdk.engine.fitting import Fitting
 from lora_hub_sdk.errors import ConfigurationError, SamplesError
 from lora_hub_sdk.retriever.tasks import Task, split_tasks
 from lora_hub_sdk.types import DEFAULT_NAMESPACE, Adapter, Completion, Hit, Routing, Sampling
 
 if TYPE_CHECKING:
-    from lora_hub_sdk.engine._gate_run import Learned
+    from lora_hub_sdk.composition.ramole import RouterLora
+    from lora_hub_sdk.engine._training import Course
     from lora_hub_sdk.engine.base_model import ModelSettings
     from lora_hub_sdk.engine.engine import Engine
     from lora_hub_sdk.engine.prompt import Template
 
 # Inside the protocol ``list`` is a method.
-Adapters = list[Adapter]
 Completions = list[Completion]
 HitLists = list[list[Hit]]
 Reference = str | os.PathLike[str]
@@ -36,12 +37,10 @@ GateRows = Iterable[Mapping[str, Any]] | str | os.PathLike[str]
 _ASKED: Final = 64
 
 
-class GateSource(Protocol):
+class GateSource(AdapterSource, Protocol):
     """What a gate is trained on: a ``LoraHub``."""
 
-    def list(self, *, namespace: str | None, base_model: Reference | None) -> Adapters: ...
     def samples(self, name: str, *, namespace: str) -> tuple[str, ...]: ...
-    def engine(self, base_model: Reference, settings: ModelSettings | None = None) -> Engine: ...
     def search_many(
         self, prompts: Sequence[str], k: int, *, base_model: Reference, exclude: Sequence[str], namespace: str
     ) -> HitLists: ...
@@ -97,7 +96,7 @@ class GateReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateTrainer:
+class GateTrainer(Recipe):
     """Trains a RAMoLE gate (arXiv 2406.16989) by the language model's loss on answers.
 
     Each row's prompt is answered with its retrieved adapters. Some of these are dropped at random, so that a gate
@@ -105,61 +104,30 @@ class GateTrainer:
 
     Attributes:
         width: of queries and keys.
-        seed: of the split, the rows' order, the dropped adapters and the routers' first weights. On a CPU the same seed
-            gives the same gate, with one version of torch and one number of threads.
-        steps: how many.
-        batch: rows a step.
-        learning_rate: the highest; it rises over the first tenth of the steps and falls to zero.
         k: how many adapters a row chooses from.
         drop: with which probability each of them is left out.
         others: the share of rows that choose from their own adapter and random ones, not from the nearest.
         key_scale: how large the routers' first keys are; small ones begin with a uniform mixture.
-        max_tokens: what is read of a prompt, its last tokens.
-        answer_tokens: what is read of an answer.
-        validation: the share of each adapter's rows that is held out to measure by.
-        validation_rows: how many these are in all, at most.
-        check_every: steps from one checkpoint, and measurement, to the next.
-        template: see ``engine.prompt.Template``.
-        settings: how the base model is loaded.
-        progress: show a bar on standard error.
 
     Raises:
         ConfigurationError: a value that makes no sense.
     """
 
     width: int = 8
-    seed: int = 0
-    steps: int = 200
-    batch: int = 8
-    learning_rate: float = 3e-3
     k: int = 3
     drop: float = 0.3
     others: float = 0.5
     key_scale: float = 1.0
-    max_tokens: int = 256
-    answer_tokens: int = 64
-    validation: float = 0.1
-    validation_rows: int = 64
-    check_every: int = 50
-    template: Template = "auto"
-    settings: ModelSettings | None = None
-    progress: bool = False
 
     def __post_init__(self) -> None:
-        def check(names: str, expected: str, fits: Callable[[Any], bool], kind: type = float) -> None:
-            for name in names.split():
-                value: Any = getattr(self, name)
-                number = not isinstance(value, bool) and isinstance(value, kind | int)
-                if not number or not (-math.inf < value < math.inf and fits(value)):
-                    raise ConfigurationError(f"{name}={value!r}: expected {expected}")
-
-        whole = "width steps batch max_tokens answer_tokens validation_rows check_every"
-        check(whole, "a whole number of 1 or more", lambda value: value >= 1, int)
-        check("k", "a whole number of 2 or more: of one adapter there is no choice", lambda value: value >= 2, int)
-        check("seed", "a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32, int)
-        check("learning_rate key_scale", "a number above 0", lambda value: value > 0)
-        check("drop validation", "a number from 0 to below 1", lambda value: 0 <= value < 1)
-        check("others", "a number from 0 to 1", lambda value: 0 <= value <= 1)
+        super().__post_init__()
+        self._check("width", "a whole number of 1 or more", lambda value: value >= 1, int)
+        self._check(
+            "k", "a whole number of 2 or more: of one adapter there is no choice", lambda value: value >= 2, int
+        )
+        self._check("key_scale", "a number above 0", lambda value: value > 0)
+        self._check("drop", "a number from 0 to below 1", lambda value: 0 <= value < 1)
+        self._check("others", "a number from 0 to 1", lambda value: 0 <= value <= 1)
 
     def fit(
         self,
@@ -187,9 +155,7 @@ class GateTrainer:
             ConfigurationError: a fraction outside of (0, 1], rows of another form, a file of something else, or
                 anything of ``hub.engine``.
         """
-        file = Path(output).absolute()
-        if not file.parent.is_dir():
-            raise ConfigurationError(f"output={str(file)!r}: there is no folder {str(file.parent)!r}")
+        file = new_file(output)
         engine = hub.engine(base_model, self.settings)
         pool = _pool(hub, engine, base_model, namespace, None if rows is None else read_gate_rows(rows))
         tasks = [Task(name, ()) for name in pool.rows]
@@ -197,14 +163,14 @@ class GateTrainer:
         names = [name for name in pool.rows if name in drawn]
         answered = [row for name in names for row in pool.rows[name]]
         told = {
-            "recipe": self._recipe(),
+            "recipe": self.told(),
             "fraction": fraction,
             "rows": hashlib.sha256(json.dumps([asdict(row) for row in answered]).encode()).hexdigest(),
             "adapters": {name: pool.adapters[name].digest for name in names},
             "base_model": pool.base_model,
         }
         key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-        held = _finished(file, key)
+        held = finished(file, Ramole.load, key)
         seconds = 0.0
         if held is None:
             part = file.with_name(file.name + ".part")
@@ -212,23 +178,16 @@ class GateTrainer:
             if rows is None:
                 answered = self._answered(hub, pool, answered, base_model, namespace, part)
             near = self._near(hub, pool, answered, names, base_model, namespace)
-            kept, out = hold_out(answered, self.validation, self.validation_rows, self.seed)
+            kept, out = hold_out([row.adapter for row in answered], self.validation, self.validation_rows, self.seed)
             from lora_hub_sdk.engine._gate_run import learn
 
             factors = [pool.factors[name] for name in names]
-            learned = learn(self, engine.base, factors, names, answered, (kept, out), near, part, key)
-            held = _gate(learned, key, told, pool, names, sorted(unseen), (len(kept), len(out)))
+            routers, course = learn(self, engine.base, factors, names, answered, (kept, out), near, part, key)
+            held = _gate(routers, course, key, told, pool, names, sorted(unseen), (len(kept), len(out)))
             held.save(file)
-            seconds = learned.seconds
+            seconds = course.seconds
             shutil.rmtree(part, ignore_errors=True)
         return _report(file, held, pool.skipped, seconds)
-
-    def _recipe(self) -> dict[str, Any]:
-        """Of everything in here that the weights depend on."""
-        recipe = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "progress"}
-        recipe["template"] = self.template if isinstance(self.template, str | None) else "a function"
-        recipe["settings"] = None if self.settings is None else asdict(self.settings)
-        return recipe
 
     def _answered(
         self,
@@ -242,7 +201,7 @@ class GateTrainer:
         """The rows with their own adapters' greedy answers; those that an earlier run got are kept."""
         from tqdm.auto import tqdm
 
-        kept = _Answers(part / "answers.jsonl", f"{self.answer_tokens} {self._recipe()['template']}")
+        kept = _Answers(part / "answers.jsonl", f"{self.answer_tokens} {self.told()['template']}")
         keys = [kept.key(pool.adapters[row.adapter].digest, row.inputs) for row in rows]
         missing = [number for number, key in enumerate(keys) if key not in kept.found]
         with tqdm(total=len(rows), initial=len(rows) - len(missing), desc="answers", disable=not self.progress) as bar:
@@ -316,7 +275,7 @@ def _pool(
             pool.skipped[adapter.name] = "it has no rows" if given is not None else "no samples of it were kept"
             continue
         factors = fitting.fit(load_factors(adapter))
-        if why := _unweighable(factors, engine.base.shapes):
+        if why := unweighable(factors, engine.base.shapes):
             pool.skipped[adapter.name] = why
             continue
         pool.adapters[adapter.name], pool.rows[adapter.name], pool.factors[adapter.name] = adapter, rows, factors
@@ -329,20 +288,6 @@ def _pool(
             + (why and f" ({why})"),
         )
     return pool
-
-
-def _unweighable(factors: Any, shapes: Mapping[str, Any]) -> str | None:
-    """Why a gate cannot weigh an adapter's effect by tokens, or None."""
-    if factors.saved:
-        return f"it replaces the parameters of {next(iter(factors.saved))} (modules_to_save)"
-    for path, module in factors.modules.items():
-        if path not in shapes:
-            return f"it adapts {path}, which is no linear module"
-        if module.gain is not None or module.magnitude is not None:
-            return f"it scales the base's own output at {path} (DoRA)"
-        if module.shift is not None:
-            return f"it has a bias at {path}"
-    return None
 
 
 class _Answers:
@@ -365,7 +310,8 @@ class _Answers:
 
 
 def _gate(
-    learned: Learned,
+    routers: Mapping[str, RouterLora],
+    course: Course,
     key: str,
     told: Mapping[str, Any],
     pool: _Pool,
@@ -380,24 +326,9 @@ def _gate(
         "unseen": list(unseen),
         "rows": counts[0],
         "held_out": counts[1],
-        "losses": list(learned.losses),
-        "validation": [list(entry) for entry in learned.validation],
-        "uniform_loss": learned.uniform_loss,
-        "own_loss": learned.own_loss,
+        **course.told(),
     }
-    return Ramole(pool.base_model, learned.routers, {name: pool.adapters[name].digest for name in names}, training)
-
-
-def _finished(file: Path, key: str) -> Ramole | None:
-    """The gate that this very training wrote before."""
-    if not file.exists():
-        return None
-    held = Ramole.load(file)
-    if held.training.get("key") != key:
-        raise ConfigurationError(
-            f"output={str(file)!r} holds the gate of another training; choose another file, or remove it"
-        )
-    return held
+    return Ramole(pool.base_model, routers, {name: pool.adapters[name].digest for name in names}, training)
 
 
 def _report(file: Path, gate: Ramole, skipped: Mapping[str, str], seconds: float) -> GateReport:

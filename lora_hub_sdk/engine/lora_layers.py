@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from lora_hub_sdk.engine.batch_lora import BatchLora
 from lora_hub_sdk.engine.extras import Extras, norm_by_row
 from lora_hub_sdk.engine.forms import Form
-from lora_hub_sdk.engine.gating import gate_looked_up, gate_padded
+from lora_hub_sdk.engine.gating import weigh_looked_up, weigh_side_by_side
 from lora_hub_sdk.engine.linear import Product
 from lora_hub_sdk.engine.rank_pool import RankPool, Table
 from lora_hub_sdk.errors import ConfigurationError
@@ -210,8 +210,7 @@ def _lookup(x: Tensor, table: Table, batch: BatchLora) -> Add:
     width = x.shape[-1]
     hidden: Tensor = products(x.reshape(-1, width), table.a.view(-1, width), at.index, at.offsets, at.owners, 0, -1)
     hidden = hidden.view(members, -1)
-    mixed = batch.mix_(hidden.clone() if batch.gated else hidden)
-    hidden = gate_looked_up(hidden, mixed, x, table, batch) if batch.gated else mixed
+    hidden = weigh_looked_up(hidden, x, table, batch) if batch.gated else batch.mix_(hidden)
     done: dict[int, Tensor] = {}
 
     def add(member: int, output: Tensor) -> None:
@@ -236,13 +235,19 @@ def _lookup(x: Tensor, table: Table, batch: BatchLora) -> Add:
 
 
 def _dense(x: Tensor, table: Table, batch: BatchLora) -> Add:
-    """One token a row. All T different ranks of the batch on every row, then the mapping matrix M by ranks."""
+    """All T different ranks of the batch on every row, then the mapping matrix M by ranks.
+
+    One token a row, or any number where rows have gates, and so a matrix for each token.
+    """
     from torch.nn.functional import linear
 
     factors = batch.dense(table)
     flat = x.reshape(-1, x.shape[-1])
     hidden = linear(flat, factors.a).view(len(flat), len(table.paths), -1)
-    if batch.partners is None:
+    if batch.gated:
+        apart = hidden.view(*x.shape[:2], *hidden.shape[1:])
+        hidden = weigh_side_by_side(apart, x, table, batch, "dense").view(hidden.shape)
+    elif batch.partners is None:
         hidden = hidden.mul_(batch.matrix[:, None])
     else:
         rows, places = batch.positions
@@ -280,16 +285,14 @@ def _mixed(hidden: Tensor, x: Tensor | None, table: Table, batch: BatchLora) -> 
     members = len(table.paths)
     padded = batch.padded(members)
     apart = hidden.view(*hidden.shape[:2], members, -1)
-    if padded.partners is None:
-        mixed = hidden * padded.weights if batch.gated else hidden.mul_(padded.weights)
-    else:
-        # (b, l, n, R, J): each rank's partners within its own module.
-        places = padded.partners[:, None, None].expand(*apart.shape[:3], *padded.partners.shape[1:])
-        found = apart[..., None, :].expand(*places.shape[:4], -1).gather(-1, places)
-        mixed = (found * padded.weights[:, None, None]).sum(-1)
     if batch.gated:
-        mixed = gate_padded(apart, mixed.view(apart.shape), x, table, batch)
-    return mixed.view(hidden.shape)
+        return weigh_side_by_side(apart, x, table, batch, "gather").view(hidden.shape)
+    if padded.partners is None:
+        return hidden.mul_(padded.weights)
+    # (b, l, n, R, J): each rank's partners within its own module.
+    places = padded.partners[:, None, None].expand(*apart.shape[:3], *padded.partners.shape[1:])
+    found = apart[..., None, :].expand(*places.shape[:4], -1).gather(-1, places)
+    return (found * padded.weights[:, None, None]).sum(-1).view(hidden.shape)
 
 
 def _embedded(ids: Tensor, table: Table, batch: BatchLora) -> Tensor:

@@ -3,20 +3,21 @@
 An adapter of rank r takes r rows, the same ones in every module: rows of A, and rows of s B^T. A module that it lacks,
 or where it has a smaller rank, holds zeros there. Row 0 stays zero for whatever has to point somewhere. Rows are
 taken one by one, so the pool never fragments. What an adapter has beside factors lies beside the tables, see
-``Extras``; so do the keys of gates, one for each row and module.
+``Extras``; so do the keys of gates, one for each row and module, and the directions of gates over experts.
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, cast
 from weakref import ReferenceType, ref
 
+from lora_hub_sdk.composition.expert_gate import ExpertGate
 from lora_hub_sdk.composition.factors import AdapterFactors
-from lora_hub_sdk.composition.gates import TokenGate
+from lora_hub_sdk.composition.gates import Gate, TokenGate
 from lora_hub_sdk.engine.extras import Extras, extras_of
 
 if TYPE_CHECKING:
@@ -34,14 +35,15 @@ _LOOSE: Final = 4
 class Table:
     """The factors of the modules ``paths``, which share an input: ``a`` (rows, n, d_in).
 
-    ``b`` holds for each run of modules with equally wide outputs one tensor (rows, m, d_out). ``gates`` has what each
-    gate needs here, by its digest.
+    ``b`` holds for each run of modules with equally wide outputs one tensor (rows, m, d_out). By their digests,
+    ``gates`` and ``experts`` have what each gate needs here.
     """
 
     paths: tuple[str, ...]
     a: Tensor
     b: list[Tensor]
     gates: dict[str, GateTable] = field(default_factory=dict)
+    experts: dict[str, ExpertTable] = field(default_factory=dict)
 
     def run_of(self, member: int) -> tuple[int, int, Tensor]:
         """Of the module at that place of ``paths``: the first and the last but one of its run, and its run's tensor."""
@@ -64,6 +66,17 @@ class GateTable:
     queries: Tensor
     maps: list[Tensor]
     keys: Tensor
+
+
+@dataclass
+class ExpertTable:
+    """A gate over experts at the modules of a table: ``directions`` (n * experts, d_in), float32.
+
+    ``without`` (n, 1) tells the modules that it has none for; None where there are no such.
+    """
+
+    directions: Tensor
+    without: Tensor | None
 
 
 class UnprovenError(Exception):
@@ -107,8 +120,9 @@ class RankPool:
         self._group_of = {path: group for group in groups for path in group}
         self._budget = budget_bytes
         self._modules = modules or {}
-        #: The gates that keys are kept for, by digest; the last one is the present one.
-        self.gates: dict[str, TokenGate] = {}
+        #: The gates that rows may have, by digest.
+        self.gates: dict[str, Gate] = {}
+        self._present: frozenset[str] = frozenset()
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._rows = _FIRST_ROWS
         self._free = list(range(_FIRST_ROWS - 1, 0, -1))
@@ -144,8 +158,8 @@ class RankPool:
     @property
     def size_bytes(self) -> int:
         """What the tables take, free rows included, and what lies beside them."""
-        tables = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
-        return tables + self._extra_bytes
+        directions = (one.directions for table in list(self.tables.values()) for one in list(table.experts.values()))
+        return sum(one.numel() * one.element_size() for one in (*self._tensors(), *directions)) + self._extra_bytes
 
     @property
     def used_bytes(self) -> int:
@@ -226,21 +240,28 @@ class RankPool:
         self._forget(digest)
         return True
 
-    def add_gate(self, gate: TokenGate) -> None:
-        """Keep keys for this gate from now on; those of others go when nothing is pinned."""
-        self.gates.pop(gate.digest, None)
-        self.gates[gate.digest] = gate
-        for table in self.tables.values():
-            self._make_keys(table, gate)
+    def use_gates(self, gates: Collection[Gate]) -> None:
+        """Keep what these gates need from now on; what others need goes when nothing is pinned."""
+        for gate in gates:
+            self.add_gate(gate)
+        self._present = frozenset(gate.digest for gate in gates)
+
+    def add_gate(self, gate: Gate) -> None:
+        """Rows may have this gate until nothing is pinned."""
+        if gate.digest not in self.gates:
+            for table in self.tables.values():
+                self._prepare(table, gate)
+            self.gates[gate.digest] = gate
 
     def compact(self) -> None:
         """Give memory back that a burst took; only while nothing is pinned, as rows move."""
         if any(held.pins for held in self._held.values()):
             return
-        for digest in list(self.gates)[:-1]:
+        for digest in self.gates.keys() - self._present:
             del self.gates[digest]
             for table in self.tables.values():
                 table.gates.pop(digest, None)
+                table.experts.pop(digest, None)
         allowed = self._allowed(self.tables)
         while self.used_bytes + self._rank_bytes(self.tables) > self._budget and self._evict():
             pass
@@ -336,7 +357,24 @@ class RankPool:
                 )
                 self.members |= {path: (table, place) for place, path in enumerate(group)}
                 for gate in self.gates.values():
-                    self._make_keys(table, gate)
+                    self._prepare(table, gate)
+
+    def _prepare(self, table: Table, gate: Gate) -> None:
+        """What a gate needs at a table."""
+        import torch
+
+        if not isinstance(gate, ExpertGate):
+            self._make_keys(table, gate)
+            return
+        found = [gate.directions.get(path) for path in table.paths]
+        without = [one is None for one in found]
+        if all(without):
+            return
+        none = torch.zeros(len(gate.experts), self._shapes[table.paths[0]][1])
+        table.experts[gate.digest] = ExpertTable(
+            torch.cat([none if one is None else one for one in found]).to(self._device),
+            torch.tensor(without, device=self._device)[:, None] if any(without) else None,
+        )
 
     def _make_keys(self, table: Table, gate: TokenGate) -> None:
         import torch
@@ -399,6 +437,7 @@ class RankPool:
         return tensor.to(self._device, self._dtype)
 
     def _tensors(self) -> Iterator[Tensor]:
+        """Those with the pool's rows."""
         for table in list(self.tables.values()):  # statistics ask from other threads
             yield table.a
             yield from table.b

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from lora_hub_sdk.composition.terms import RouteTerms
 from lora_hub_sdk.engine.adapter_store import Held
@@ -13,6 +14,11 @@ from lora_hub_sdk.engine.row import Row
 from lora_hub_sdk.engine.ticket import Ticket
 from lora_hub_sdk.messages import Prompt
 from lora_hub_sdk.types import Route, Sampling, Tier, Timing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora_hub_sdk.composition.gates import Gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +49,14 @@ class Job:
     prompt: EncodedPrompt
     row: Row
     ticket: Ticket
-    #: Digest of the gate that its weights come from.
-    gate: str | None = None
+    #: The gate that its weights come from.
+    gate: Gate | None = None
     submitted: float = field(default_factory=monotonic)
     held: Held | None = None
     terms: RouteTerms | None = None
     lora: RowLora | None = None
+    #: What its gate found for its prompt, see ``RowLora``; it holds also where the job is placed again.
+    kept: dict[tuple[str, ...], Tensor] | None = None
     tiers: tuple[Tier, ...] = ()
     load_s: float = 0.0
     admitted: float | None = None

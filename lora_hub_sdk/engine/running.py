@@ -45,9 +45,9 @@ class Model:
         # Masks that are ready are taken as they are; where layers differ in what they may see, the model makes its own.
         sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ()) or _window(config)
         self._ready_masks = model.config._attn_implementation == "sdpa" and not sliding
-        self._options: dict[str, Any] = {"use_cache": True}
-        if "logits_to_keep" in signature(model.forward).parameters:
-            self._options["logits_to_keep"] = 1
+        self._keeps_logits = "logits_to_keep" in signature(model.forward).parameters
+        head = model.get_output_embeddings()
+        self._head = next((path for path, module in base.modules.items() if module is head), None)
 
     def forward(
         self, batch: BatchLora, ids: Tensor, mask: Tensor, positions: Tensor, cache: object, *, ready: bool = False
@@ -55,20 +55,26 @@ class Model:
         """One pass over ids (b, l); logits (b, vocabulary) after the last of them, float32."""
         if ready and self._ready_masks:
             mask = mask[:, None, None]
+        options: dict[str, Any] = {"use_cache": True}
+        # Weights for a whole prompt are found from all of its tokens, at the head too where an adapter has it.
+        if self._keeps_logits and (batch.prompt is None or self._head not in self.pool.members):
+            options["logits_to_keep"] = 1
         with self.base.turn, self._lora.apply(batch, ids.shape[1]):
             output = self._model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, **self._options
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, **options
             )
         logits: Tensor = output.logits[:, -1].float()
         return logits
 
-    def batch(self, rows: Sequence[RowLora]) -> BatchLora:
-        """These rows' adapters, as a pass takes them."""
-        return BatchLora(rows, device=self.base.device, dtype=self.base.dtype, gates=self.pool.gates)
+    def batch(self, rows: Sequence[RowLora], prompt: Tensor | None = None) -> BatchLora:
+        """These rows' adapters, as a pass takes them; ``prompt`` as ``BatchLora`` has it."""
+        return BatchLora(rows, device=self.base.device, dtype=self.base.dtype, gates=self.pool.gates, prompt=prompt)
 
 
 class Prefill:
     """Prompts on their way into the cache, left-padded side by side, some of their columns at a time.
+
+    All at once where a row has weights for its whole prompt, as these have to be known at the first token.
 
     Args:
         prompts: token ids, 1 or more each.
@@ -81,13 +87,14 @@ class Prefill:
         base = model.base
         self._model = model
         self.loras = tuple(loras)
-        self._batch = model.batch(loras)
         self.lengths = [len(ids) for ids in prompts]
         width = max(self.lengths)
         padded = [[base.pad_id] * (width - len(ids)) + list(ids) for ids in prompts]
         self._ids = torch.tensor(padded, device=base.device)
         starts = torch.tensor([width - length for length in self.lengths], device=base.device)[:, None]
         self._mask = (torch.arange(width, device=base.device) >= starts).long()
+        self._whole = any(row.kept is not None for row in loras)
+        self._batch = model.batch(loras, self._mask.bool() if self._whole else None)
         self._positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
         self._read = 0
         # Without the model's configuration it keeps every token, also those that a sliding layer no longer sees.
@@ -100,8 +107,9 @@ class Prefill:
 
     def advance(self, places: int) -> Tensor | None:
         """Read columns of at most so many places, and one at least; the logits once all are read."""
-        first, rows = self._read, self._ids.shape[0]
-        last = min(first + max(places // rows, 1), self._ids.shape[1])
+        first, (rows, last) = self._read, self._ids.shape
+        if not self._whole:
+            last = min(first + max(places // rows, 1), last)
         logits = self._model.forward(
             self._batch,
             self._ids[:, first:last],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lora_hub_sdk.composition.factors import AdapterFactors
-    from lora_hub_sdk.composition.gates import TokenGate
+    from lora_hub_sdk.composition.gates import Gate
 
 #: An idle thread ends after so many seconds; the next request starts another. So a forgotten engine costs nothing.
 _LINGER_S: Final = 5.0
@@ -147,9 +147,9 @@ class Worker:
         self._store.discard(digest)
         self._inbox.put(partial(self._forget, digest))
 
-    def add_gate(self, gate: TokenGate) -> None:
-        """Jobs handed in from now on may name this gate."""
-        self._inbox.put(partial(self._pool.add_gate, gate))
+    def use_gates(self, gates: Collection[Gate]) -> None:
+        """Have ready what these gates need; what others need goes as soon as no job is here."""
+        self._inbox.put(partial(self._pool.use_gates, gates))
 
     def close(self, timeout_s: float | None = None) -> None:
         """Finish what was taken in, then end; what is not done after ``timeout_s`` fails. May be called twice.
@@ -337,6 +337,10 @@ class Worker:
                 )
         check_combining(job.request.route, factors)
         job.terms = terms_of(job.request.route, {digest: one.rank for digest, one in factors.items()})
+        if job.gate is not None:
+            self._pool.add_gate(job.gate)
+            if job.request.route.averaged == "prompt" and job.kept is None:
+                job.kept = {}
         pinned: list[str] = []
         try:
             rows: list[int] = []
@@ -347,7 +351,7 @@ class Worker:
             for digest in pinned:
                 self._pool.unpin(digest)
             raise
-        job.lora = RowLora(job.terms, tuple(rows), job.gate)
+        job.lora = RowLora(job.terms, tuple(rows), None if job.gate is None else job.gate.digest, job.kept)
 
     def _pin(self, job: Job, factors: AdapterFactors) -> tuple[int, ...]:
         try:

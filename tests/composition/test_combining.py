@@ -39,6 +39,8 @@ def check(averaged: Averaged, other: AdapterFactors, *weights: float) -> None:
 def test_what_a_gate_cannot_weigh_is_named_and_may_be_averaged_otherwise(other: AdapterFactors, kept: str) -> None:
     with pytest.raises(UnsupportedRouteError, match=f"'other' has {kept}.*strategy 'mixture'"):
         check("tokens", other, 0.5, 0.5)
+    with pytest.raises(UnsupportedRouteError, match=f"'other' has {kept}"):
+        check("prompt", other, 0.5, 0.5)
     check("outputs", other, 0.5, 0.5)
     check("parameters", other, 0.5, 0.5)
     check("tokens", other, 1.0, 0.0)  # without weight it takes no part
@@ -48,6 +50,8 @@ def test_factors_of_unknown_signs_are_not_averaged_with_others_but_work_alone_an
     other = factors(OTHER.digest, converted=True)
     with pytest.raises(UnsupportedRouteError, match="'other' was trained by PiSSA or OLoRA"):
         check("parameters", other, 0.5, 0.5)
+    with pytest.raises(UnsupportedRouteError, match="'other' was trained by PiSSA or OLoRA"):
+        check("prompt", other, 0.5, 0.5)
     check("parameters", other, 0.0, 1.0)
     check("outputs", other, 0.5, 0.5)
     check("tokens", other, 0.5, 0.5)

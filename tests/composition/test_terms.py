@@ -89,12 +89,12 @@ def test_fusion_keeps_the_cross_terms() -> None:
 
 def test_a_rank_mixes_with_itself_in_a_mixture_and_with_all_of_its_depth_in_a_fusion() -> None:
     ranks = {A.digest: 1, B.digest: 2}
-    members = (A.digest, B.digest), (0.25, 0.5), (0, 1, 1)
+    members = (A.digest, B.digest), (0.25, 0.5), (0, 1, 1), (0, 0, 1)
     assert terms_of(route_of("mixture", (A, 0.25), (B, 0.5)), ranks) == RouteTerms(
         *members, ((0,), (1,), (2,)), ((0.25,), (0.5,), (0.5,))
     )
     assert terms_of(route_of("fusion", (A, 0.25), (B, 0.5)), ranks) == RouteTerms(
-        *members, ((0, 1), (0, 1), (2,)), ((0.0625, 0.125), (0.125, 0.25), (0.25,))
+        *members, ((0, 1), (0, 1), (2,)), ((0.0625, 0.125), (0.125, 0.25), (0.25,)), fused=True
     )
 
 
@@ -102,6 +102,7 @@ def test_a_route_averaged_by_tokens_keeps_its_ranks_apart_and_says_so() -> None:
     route = Route("ramole", "tokens", (Member(A, 0.5), Member(B, 0.5)))
     terms = terms_of(route, {A.digest: 1, B.digest: 2})
     assert terms.gated
+    assert not terms.fused
     assert terms.owners == (0, 1, 1)
     assert terms.partners == ((0,), (1,), (2,))
 

@@ -303,7 +303,7 @@ def test_adapters_are_dropped_at_random_and_one_stays() -> None:
 
 
 def test_rows_to_measure_with_are_as_many_of_each_adapter_and_never_all() -> None:
-    kept, held = hold_out(ROWS, 0.5, 3, 0)
+    kept, held = hold_out([row.adapter for row in ROWS], 0.5, 3, 0)
     assert sorted([*kept, *held]) == list(range(12))
     assert [ROWS[row].adapter for row in held] == ["a", "b", "c"]
-    assert hold_out([GateRow("only", "a", "x")], 0.9, 9, 0) == ([0], [])
+    assert hold_out(["a"], 0.9, 9, 0) == ([0], [])

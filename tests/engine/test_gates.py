@@ -47,6 +47,7 @@ class Gate:
     shapes: dict[str, tuple[int, int]]
     seed: int
     width: int = 4
+    strategy: str = "ramole"
     modules: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -131,7 +132,7 @@ def fresh(base: BaseModel) -> tuple[RankPool, Model]:
 @torch.inference_mode()
 def test_logits_of_gated_rows_beside_static_ones_equal_the_reference(bench: Bench) -> None:
     pool, model = fresh(bench.base)
-    pool.add_gate(bench.first)
+    pool.use_gates([bench.first])
     routes = [bench.gated(0, 1, 2), bench.gated(3), bench.gated(0, 3), route_of("mixture", (bench.adapters[2], 0.7))]
     rows = []
     for route in routes:
@@ -190,7 +191,7 @@ def test_a_gate_of_another_base_is_refused(bench: Bench, engine: Engine) -> None
     shapes[path] = (shapes[path][0] + 1, shapes[path][1])
     with pytest.raises(ConfigurationError, match="trained for another base"):
         engine.use_gate(Gate("other", shapes, 1))
-    assert engine.gate is None
+    assert engine.gates == {}
 
 
 @pytest.mark.parametrize(

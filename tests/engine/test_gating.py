@@ -31,6 +31,7 @@ class Gate:
     digest: str
     width: int
     seed: int
+    strategy: str = "ramole"
 
     def module(self, path: str) -> tuple[Tensor, Tensor] | None:
         if path == "k":
@@ -80,8 +81,9 @@ class Layers:
         if late:  # adapters are there before the gates
             for adapter in ADAPTERS:
                 self.pool.pin(adapter)
+        self.pool.use_gates([FIRST])
+        self.pool.use_gates([SECOND])
         self.pool.add_gate(FIRST)
-        self.pool.add_gate(SECOND)
         self.lora = LoraLayers(self.modules, linear_products(self.modules), self.pool)
 
     def check(self, asked: Sequence[tuple[Route, Gate | None]], tokens: int) -> None:
@@ -102,7 +104,7 @@ class Layers:
                 assert relative_error(found[path][place], module(x[place]) + delta) < 5e-5, (path, place)
 
 
-@pytest.mark.parametrize("form", ["lookup", "gather"])
+@pytest.mark.parametrize("form", ["lookup", "gather", "dense"])
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_gated_rows_beside_static_ones_equal_the_reference(form: str, data: st.DataObject) -> None:
@@ -111,7 +113,7 @@ def test_gated_rows_beside_static_ones_equal_the_reference(form: str, data: st.D
     asked = data.draw(st.lists(some, min_size=1, max_size=6))
     tokens = 1 if form == "lookup" else data.draw(st.integers(1, 4))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch_lora, "choose_form", lambda **_: form)
+        patch.setattr(batch_lora, "choose_form", lambda **at: form if at["gated"] or tokens == 1 else "gather")
         Layers().check(asked, tokens)
 
 
@@ -121,10 +123,31 @@ def test_the_chosen_form_and_a_gate_that_comes_after_the_adapters(asked: list[Ro
     Layers(late=late).check([(route, FIRST) for route in asked], tokens)
 
 
-@pytest.mark.parametrize(("on_cpu", "tokens", "form"), [(True, 1, "lookup"), (True, 2, "gather"), (False, 1, "gather")])
-def test_rows_with_a_gate_keep_their_ranks_apart(on_cpu: bool, tokens: int, form: str) -> None:
-    chosen = choose_form(on_cpu=on_cpu, half=False, tokens=tokens, gated=True, routes=1, looked_up=6, different=6)
-    assert chosen == form
+@pytest.mark.parametrize(
+    ("on_cpu", "tokens", "looked_up", "different", "form"),
+    [
+        (True, 1, 18, 12, "lookup"),
+        (True, 1, 96, 12, "dense"),
+        (True, 2, 18, 12, "gather"),
+        (True, 2, 18, 6, "dense"),
+        (False, 1, 18, 12, "gather"),
+        (False, 1, 18, 6, "dense"),
+    ],
+)
+def test_ranks_that_many_gated_rows_have_are_multiplied_once(
+    on_cpu: bool, tokens: int, looked_up: int, different: int, form: str
+) -> None:
+    found = choose_form(
+        on_cpu=on_cpu,
+        half=False,
+        tokens=tokens,
+        gated=True,
+        routes=1,
+        looked_up=looked_up,
+        different=different,
+        widest=6,
+    )
+    assert found == form
 
 
 def test_keys_follow_their_rows_through_growth_eviction_and_compaction() -> None:
@@ -135,7 +158,7 @@ def test_keys_follow_their_rows_through_growth_eviction_and_compaction() -> None
         pool.unpin(adapter.digest)
     pool.discard(ADAPTERS[0].digest)
     pool.compact()
-    assert list(pool.gates) == [SECOND.digest]  # nothing runs, so only the present gate's keys are kept
+    assert list(pool.gates) == [SECOND.digest]  # nothing runs, so only what is in use is kept
     route = Route("ramole", "tokens", tuple(Member(bare_adapter(f"lora{one}"), 1.0) for one in (0, 3, 5)))
     layers.check([(route, SECOND)], 1)
     layers.check([(route, SECOND)], 3)

@@ -9,7 +9,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
+from lora_hub_sdk.composition.expert_gate import ExpertGate
 from lora_hub_sdk.hub import LoraHub
 from lora_hub_sdk.testing import tiny_base
 from tests.encoders import Hashing
@@ -37,6 +39,23 @@ def test_every_model_that_is_listed_answers(client: openai.OpenAI) -> None:
     for name in listed:
         assert client.models.retrieve(name).id == name
         route_of(client, name)
+
+
+def test_a_strategy_that_needs_a_gate_is_listed_while_its_own_is_in_use(
+    client: openai.OpenAI, filled: LoraHub, chat_base: Path
+) -> None:
+    adapters = filled.list()
+    (path, (_, d_in)), *_ = filled.engine(chat_base).base.shapes.items()
+    experts = {one.name: one.digest for one in adapters}
+    directions = {path: torch.ones(len(adapters), d_in)}
+    filled.use_gate(ExpertGate("moe-soft", adapters[0].base_model, experts, directions))
+    try:
+        listed = [model.id for model in client.models.list()]
+        assert listed[:5] == ["auto", "auto:selection", "auto:mixture", "auto:fusion", "auto:moe-soft"]
+        assert "auto:ramole" not in listed
+        assert sorted(names_of(route_of(client, "auto:moe-soft"))) == sorted(SAMPLES)
+    finally:
+        filled.use_gate(None, base_model=chat_base)
 
 
 def test_the_field_model_says_who_answers(client: openai.OpenAI) -> None:

@@ -15,6 +15,7 @@ from lora_hub_sdk.server.choosing import AUTO, BASE
 from lora_hub_sdk.server.document import REFUSALS
 from lora_hub_sdk.server.house import House, house_of
 from lora_hub_sdk.server.json_bytes import json_bytes
+from lora_hub_sdk.types import GATED
 
 router: Final = APIRouter(tags=["models"], responses=REFUSALS)
 
@@ -60,9 +61,11 @@ def _rows(house: House, namespace: str) -> list[dict[str, Any]]:
 
 
 def _can_search(house: House, strategy: str) -> bool:
-    """The base model searches for nothing, and a gate has to be given to the hub first."""
+    """The base model searches for nothing, fixed adapters do not tell a base model, and a gate has to be in use."""
     known = STRATEGIES[strategy]
-    return known.limit != 0 and (known.averaged != "tokens" or bool(house.hub.gates))
+    if known.limit == 0 or (known.fixed and house.settings.base_model is None):
+        return False
+    return known.averaged not in GATED or any(strategy in gates for gates in house.hub.gates.values())
 
 
 def _row(name: str, created: int, owner: str, **more: Any) -> dict[str, Any]:
