@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.evaluation.mixed_set import MixedSet
-from lora_hub_sdk.types import DEFAULT_NAMESPACE
+from lora_hub_sdk.types import DEFAULT_NAMESPACE, Adapter
 
 if TYPE_CHECKING:
     from lora_hub_sdk.engine.base_model import ModelSettings
@@ -35,7 +36,7 @@ class Ground:
     base_model: str | os.PathLike[str]
     own: Mapping[str, str]
     folder: Path
-    training: MixedSet = MixedSet(())
+    training: MixedSet = field(default_factory=lambda: MixedSet(()))
     namespace: str = DEFAULT_NAMESPACE
     seed: int = 0
     template: Template = "auto"
@@ -43,3 +44,39 @@ class Ground:
     progress: bool = False
     #: What systems found in this process and share, by a key of their own.
     shared: dict[str, object] = field(default_factory=dict, repr=False)
+
+    def pool(self) -> dict[str, Adapter]:
+        """The adapters in service for the base model, by name."""
+        found = self.hub.list(namespace=self.namespace, base_model=self.base_model)
+        return {adapter.name: adapter for adapter in found if adapter.state == "active"}
+
+    def own_adapters(self, tasks: Iterable[str]) -> dict[str, Adapter]:
+        """By task its own adapter; tasks without one are left out.
+
+        Raises:
+            ConfigurationError: one that is not in the pool. Nobody could mask it, or ask it.
+        """
+        pool = self.pool()
+        names = {task: self.own[task] for task in sorted(set(tasks)) if task in self.own}
+        for task, name in names.items():
+            if name not in pool:
+                raise ConfigurationError(
+                    f"own: task {task!r} names adapter {name!r}, and none of that name is in service in namespace "
+                    f"{self.namespace!r} for base model {str(self.base_model)!r}; register it, or leave the task out"
+                )
+        return {task: pool[name] for task, name in names.items()}
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What a trainer of a gate has to know of the ground."""
+        return {name: getattr(self, name) for name in ("seed", "template", "settings", "progress")}
+
+    def lessons(self, system: str) -> MixedSet:
+        """``training``, for a system of that name.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        if not self.training.rows:
+            raise ConfigurationError(f"system {system!r} learns, and there are no training rows; give some")
+        return self.training

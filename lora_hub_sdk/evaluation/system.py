@@ -28,7 +28,8 @@ class System(Protocol):
         """Learn what has to be learned, or read it where ``ground.folder`` has it; gates are put to use in the hub.
 
         Raises:
-            ConfigurationError: there is nothing to learn from, or too few adapters.
+            ConfigurationError, SamplesError: there is nothing to learn from, or too few adapters.
+            MissingExtraError: it needs packages that are not installed.
         """
         ...
 
@@ -36,5 +37,8 @@ class System(Protocol):
         """One for each row; None for a row that this system has no answer to, as a task without an own adapter.
 
         Called after ``prepare``. The same rows give the same routings.
+
+        Raises:
+            ConfigurationError: a task's own adapter is not in the pool, or nothing is left to search.
         """
         ...

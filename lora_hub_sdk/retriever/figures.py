@@ -50,7 +50,7 @@ def similarity_figure(evaluation: Evaluation, target: str | os.PathLike[str]) ->
         MissingExtraError: matplotlib is not installed.
         ConfigurationError: the files cannot be written.
     """
-    figure = _figure(*_square(len(evaluation.tasks)))
+    figure = new_figure(*_square(len(evaluation.tasks)))
     order = _by_domain(evaluation)
     names = [evaluation.tasks[place].name for place in order]
     domains = [evaluation.tasks[place].domain for place in order]
@@ -60,7 +60,7 @@ def similarity_figure(evaluation: Evaluation, target: str | os.PathLike[str]) ->
     _frames(axes, domains)
     axes.set_title(f"Similarity of tasks, {evaluation.encoder}")
     data = {"encoder": evaluation.encoder, "tasks": names, "domains": domains, "cosine": _rounded(values)}
-    return _written(figure, data, target)
+    return write_figure(figure, data, target)
 
 
 def confusion_figure(evaluation: Evaluation, target: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -68,7 +68,7 @@ def confusion_figure(evaluation: Evaluation, target: str | os.PathLike[str]) -> 
 
     Arguments, result and errors are as of ``similarity_figure``. The data file holds the counts.
     """
-    figure = _figure(*_square(len(evaluation.tasks)))
+    figure = new_figure(*_square(len(evaluation.tasks)))
     order = _by_domain(evaluation)
     names = [evaluation.tasks[place].name for place in order]
     domains = [evaluation.tasks[place].domain for place in order]
@@ -88,7 +88,7 @@ def confusion_figure(evaluation: Evaluation, target: str | os.PathLike[str]) -> 
         ylabel="task of the question",
     )
     data = {"encoder": evaluation.encoder, "tasks": names, "domains": domains, "count": counts.tolist()}
-    return _written(figure, data, target)
+    return write_figure(figure, data, target)
 
 
 def curve_figure(
@@ -116,7 +116,7 @@ def curve_figure(
     for curve in drawn:
         if len({len(part) for part in (curve.x, curve.y, curve.low, curve.high) if part is not None}) > 1:
             raise ConfigurationError(f"curve {curve.name!r}: x, y, low and high differ in length")
-    figure = _figure(7, 4.5)
+    figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
     for number, curve in enumerate(drawn):
         marker = _MARKERS[number % len(_MARKERS)]
@@ -134,10 +134,10 @@ def curve_figure(
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     data = {"title": title, "x": x_label, "y": y_label, "log_x": log_x, "curves": [asdict(curve) for curve in drawn]}
-    return _written(figure, data, target)
+    return write_figure(figure, data, target)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure of its own, in inches: pyplot would keep it for ever and is not for threads.
 
     Raises:
@@ -148,6 +148,24 @@ def _figure(width: float, height: float) -> Figure:
     except ImportError as error:
         raise MissingExtraError("drawing figures", "plots") from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def write_figure(figure: Figure, data: dict[str, Any], target: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Write a figure and its numbers; arguments, result and errors are as of ``similarity_figure``."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if isinstance(text, Text):
+            text.set_parse_math(False)  # a name may hold dollar signs, which would be taken for a formula
+    stem = Path(target)
+    image, numbers = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.json")
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(image, format="png", dpi=150)
+        numbers.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"the figure {os.fspath(image)!r} cannot be written: {error}") from error
+    return image, numbers
 
 
 def _square(tasks: int) -> tuple[float, float]:
@@ -200,23 +218,6 @@ def _frames(axes: Axes, domains: Sequence[str | None]) -> None:
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1},
             )
         start += size
-
-
-def _written(figure: Figure, data: dict[str, Any], target: str | os.PathLike[str]) -> tuple[Path, Path]:
-    from matplotlib.text import Text
-
-    for text in figure.findobj(Text):
-        if isinstance(text, Text):
-            text.set_parse_math(False)  # a name may hold dollar signs, which would be taken for a formula
-    stem = Path(target)
-    image, numbers = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.json")
-    try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(image, format="png", dpi=150)
-        numbers.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", "utf-8")
-    except OSError as error:
-        raise ConfigurationError(f"the figure {os.fspath(image)!r} cannot be written: {error}") from error
-    return image, numbers
 
 
 def _rounded(values: NDArray[Any]) -> list[list[float]]:
