@@ -7,6 +7,7 @@ import typer
 from lora_hub_sdk.cli import (
     adapters,
     answers,
+    bench,
     calibration,
     database,
     demo,
@@ -45,6 +46,7 @@ groups = (
     training,
     gate,
     calibration,
+    bench,
     encoder,
     history,
     lifecycle,
