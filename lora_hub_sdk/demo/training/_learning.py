@@ -39,16 +39,25 @@ class TrainingLog:
 
 
 class Learner:
-    """A base model with its tokenizer, in bfloat16 on the CPU. Not thread-safe.
+    """A base model with its tokenizer, in bfloat16. Not thread-safe.
 
     Args:
         base: local folder of the base model.
+        base_id: what adapters say they are for.
+        device: as torch names it.
+        prompt_tokens: prompts are cut to their last tokens for training, so that a step's time has a bound; answers are
+            always to whole prompts, as they will be asked.
     """
 
-    def __init__(self, base: Path) -> None:
+    def __init__(
+        self, base: Path, *, base_id: str = BASE_MODEL_ID, device: str = "cpu", prompt_tokens: int | None = None
+    ) -> None:
         from transformers import AutoTokenizer
 
         self._base = base
+        self._base_id = base_id
+        self._device = device
+        self._prompt_tokens = prompt_tokens
         self._tokenizer: Any = AutoTokenizer.from_pretrained(base)
         self._tokenizer.padding_side = "left"
         self._end: int = self._tokenizer.eos_token_id
@@ -80,7 +89,7 @@ class Learner:
                 passed = time.perf_counter() - start
                 print(f"  step {len(losses)}/{recipe.steps}, loss {losses[-1]}, {passed:.0f} s", flush=True)
         seconds = time.perf_counter() - start
-        _save(model, folder)
+        _save(model, folder, self._base_id)
         return TrainingLog(tuple(losses), seconds)
 
     def answer(self, rows: Sequence[Row], *, max_new_tokens: int, adapter: Path | None = None) -> list[str]:
@@ -101,14 +110,19 @@ class Learner:
         import torch
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(self._base, dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_pretrained(self._base, dtype=torch.bfloat16)
+        return model.to(self._device)
 
     def _prompt(self, row: Row) -> str:
+        if self._tokenizer.chat_template is None:
+            return row.inputs
         turns = [{"role": "user", "content": row.inputs}]
         return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
     def _encode(self, row: Row) -> Encoded:
         prompt = self._tokenizer(self._prompt(row), add_special_tokens=False).input_ids
+        if self._prompt_tokens is not None:
+            prompt = prompt[-self._prompt_tokens :]
         answer = [*self._tokenizer(row.targets, add_special_tokens=False).input_ids, self._end]
         return Encoded((*prompt, *answer), len(answer))
 
@@ -125,13 +139,14 @@ class Learner:
             ids[i, :length] = torch.tensor(row.ids)
             mask[i, :length] = 1
             labels[i, length - row.answer_length : length] = ids[i, length - row.answer_length : length]
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        found = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return {name: tensor.to(self._device) for name, tensor in found.items()}
 
     def _generate(self, model: Any, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
         import torch
 
         prompts = [self._prompt(row) for row in rows]
-        batch = self._tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
+        batch = self._tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt").to(self._device)
         with torch.inference_mode():
             output = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=self._end)
         new = output[:, batch.input_ids.shape[1] :]
@@ -154,11 +169,11 @@ def _rate_factor(step: int, steps: int) -> float:
     return min((step + 1) / _WARM_UP_STEPS, (steps - step) / max(1, steps - _WARM_UP_STEPS))
 
 
-def _save(model: Any, folder: Path) -> None:
+def _save(model: Any, folder: Path, base_id: str) -> None:
     import torch
 
     # A local path in the card's metadata would be useless to anyone else.
-    model.peft_config["default"].base_model_name_or_path = BASE_MODEL_ID
+    model.peft_config["default"].base_model_name_or_path = base_id
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.to(torch.bfloat16)
