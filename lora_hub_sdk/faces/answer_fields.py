@@ -72,7 +72,8 @@ class AnswerFields(BaseModel):
     min_trust: Trust = "low"
     #: Whether the nearest adapters come in the order of their words too; None is what the hub was opened with.
     rerank: bool | None = None
-    #: A file that ``hub.train_gate`` wrote, for strategy "ramole": the hub uses it for this base model from now on.
+    #: A file that ``hub.train_gate`` or ``hub.train_experts`` wrote: the hub uses it for its strategy and this base
+    #: model from now on.
     gate: str | Path | None = None
     #: "auto": the tokenizer's chat template where it has one. None: the prompt goes in as it is.
     template: Literal["auto", "chat", "alpaca", "adapter"] | Callable[[str], str] | None = "auto"
