@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ARROW: Final = "arrow"
 _FILE: Final = "experts.json"
 #: Of a training: with 8 rows each, one pass over 20 rows of 28 tasks.
-_STEPS: Final = 70
+STEPS: Final = 70
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class FixedExperts:
     """
 
     name: str
-    recipe: Mapping[str, Any] = field(default_factory=lambda: {"steps": _STEPS})
+    recipe: Mapping[str, Any] = field(default_factory=lambda: {"steps": STEPS})
 
     @property
     def learns(self) -> bool:

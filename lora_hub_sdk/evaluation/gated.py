@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from lora_hub_sdk.evaluation.experts import STEPS
 from lora_hub_sdk.evaluation.retrieved import masked
 from lora_hub_sdk.types import Routing
 
@@ -31,7 +32,7 @@ class RetrievedGate:
     name: str = _STRATEGY
     k: int = 3
     ood: bool = False
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=lambda: {"steps": STEPS})
 
     @property
     def learns(self) -> bool:
