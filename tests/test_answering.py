@@ -371,6 +371,7 @@ def test_closing_answers_what_was_handed_in_and_refuses_the_rest(pool: LoraHub, 
     prompts = [f"Add {number} and 4" for number in range(24)]
     expected = pool.generate(prompts, base_model=base, sampling=Sampling(60))
     engine = pool.engine(base)
+    eventually(lambda: not engine.stats().running)  # a row is let go of a moment after its answer
     with ThreadPoolExecutor(1) as caller:
         asked = caller.submit(pool.generate, prompts, base_model=base, sampling=Sampling(60))
         eventually(lambda: engine.stats().running)
