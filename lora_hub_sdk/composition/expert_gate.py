@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from lora_hub_sdk.composition.ramole import read_tensors, tensor_bytes, write_whole
+from lora_hub_sdk.composition.tensor_file import read_gate, read_tensors, tensor_bytes, write_whole
 from lora_hub_sdk.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -124,14 +124,7 @@ class ExpertGate:
         Raises:
             ConfigurationError: the file cannot be read, is no such gate, is one of another version, or is damaged.
         """
-        try:
-            content = Path(path).read_bytes()
-        except OSError as error:
-            raise ConfigurationError(f"gate {os.fspath(path)!r} cannot be read: {error}") from error
-        try:
-            return cls._of(content)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"gate {os.fspath(path)!r}: {error}; hub.train_experts() makes one") from error
+        return read_gate(path, cls._of, "hub.train_experts()")
 
     @classmethod
     def _of(cls, content: bytes) -> ExpertGate:

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from lora_hub_sdk.composition.tensor_file import read_gate, read_tensors, tensor_bytes, write_whole
 from lora_hub_sdk.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -108,14 +109,7 @@ class Ramole:
         Raises:
             ConfigurationError: the file cannot be read, is no gate, is one of another version, or is damaged.
         """
-        try:
-            content = Path(path).read_bytes()
-        except OSError as error:
-            raise ConfigurationError(f"gate {os.fspath(path)!r} cannot be read: {error}") from error
-        try:
-            return cls._of(content)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"gate {os.fspath(path)!r}: {error}; hub.train_gate() makes one") from error
+        return read_gate(path, cls._of, "hub.train_gate()")
 
     @classmethod
     def _of(cls, content: bytes) -> Ramole:
@@ -176,47 +170,3 @@ def gate_scores(hidden: Tensor, query: Tensor, keys: Tensor) -> Tensor:
     b, k, r, width = keys.shape
     along = (query @ keys.reshape(b, k * r, width).transpose(1, 2)).view(hidden.shape)
     return (along.float() * hidden.float()).sum(-1)
-
-
-def tensor_bytes(tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> bytes:
-    """A safetensors file: the same bytes for the same tensors and metadata."""
-    from safetensors.torch import save
-
-    # The library lays tensors out by name, and metadata in the order of a hash table with a random seed: one entry has
-    # one order.
-    one = {"lora_hub": json.dumps(dict(told), sort_keys=True)}
-    # Copies, as the library refuses tensors that share memory.
-    return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, metadata=one)
-
-
-def read_tensors(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What ``tensor_bytes`` was given.
-
-    Raises:
-        ConfigurationError: this is no safetensors file, or nothing that we wrote.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        tensors = load(content)
-        size = int.from_bytes(content[:8], "little")
-        told = json.loads(json.loads(content[8 : 8 + size]).get("__metadata__", {}).get("lora_hub", "{}"))
-    except (SafetensorError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigurationError(f"this is no whole safetensors file ({error})") from error
-    if not isinstance(told, dict):
-        raise ConfigurationError("its metadata are not of this package")
-    return tensors, told
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that whoever reads it sees all of it, or what was there before."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

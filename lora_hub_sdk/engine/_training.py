@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from lora_hub_sdk.composition.ramole import read_tensors, tensor_bytes, write_whole
+from lora_hub_sdk.composition.tensor_file import read_tensors, tensor_bytes, write_whole
 from lora_hub_sdk.errors import ConfigurationError
 
 if TYPE_CHECKING:

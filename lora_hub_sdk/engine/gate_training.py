@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from lora_hub_sdk.composition.ramole import Ramole, write_whole
+from lora_hub_sdk.composition.ramole import Ramole
+from lora_hub_sdk.composition.tensor_file import write_whole
 from lora_hub_sdk.engine._gate_rows import GateRow, hold_out, read_gate_rows
 from lora_hub_sdk.engine._recipe import Recipe
 from lora_hub_sdk.engine.adapter_file import load_factors

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from lora_hub_sdk.composition.ramole import write_whole
+from lora_hub_sdk.composition.tensor_file import write_whole
 from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.evaluation.plain import why_not_plain
 from lora_hub_sdk.types import Routing

@@ -14,7 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-from lora_hub_sdk.composition.ramole import write_whole
+from lora_hub_sdk.composition.tensor_file import write_whole
 from lora_hub_sdk.errors import ConfigurationError, MissingExtraError, NoAdaptersError
 from lora_hub_sdk.evaluation.mixed_set import MixedSet
 from lora_hub_sdk.evaluation.plain import why_not_plain

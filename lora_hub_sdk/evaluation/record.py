@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from lora_hub_sdk.composition.ramole import write_whole
+from lora_hub_sdk.composition.tensor_file import write_whole
 from lora_hub_sdk.errors import ConfigurationError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lora_hub_sdk.composition.ramole import write_whole
+from lora_hub_sdk.composition.tensor_file import write_whole
 from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.evaluation.answers import Answer
 from lora_hub_sdk.evaluation.groups import BASE, PERFECT, SELECTION_UNSEEN, Group, group_of, in_order, reference_of

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from lora_hub_sdk.composition.ramole import write_whole
+from lora_hub_sdk.composition.tensor_file import write_whole
 from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.evaluation.answers import Answer, read_answers
 from lora_hub_sdk.evaluation.mixed_set import MixedRow, MixedSet

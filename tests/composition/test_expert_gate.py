@@ -9,8 +9,9 @@ import torch
 
 from lora_hub_sdk.composition.expert_gate import RULES, ExpertGate, GateRule, expert_weights
 from lora_hub_sdk.composition.gate_file import load_gate
-from lora_hub_sdk.composition.ramole import Ramole, RouterLora, tensor_bytes
+from lora_hub_sdk.composition.ramole import Ramole, RouterLora
 from lora_hub_sdk.composition.strategies import STRATEGIES
+from lora_hub_sdk.composition.tensor_file import tensor_bytes
 from lora_hub_sdk.errors import ConfigurationError
 
 EXPERTS = {"second": "b" * 64, "first": "a" * 64, "third": "c" * 64}
