@@ -100,34 +100,3 @@ class AnswerLosses:
         for row, loss in zip(self._order, each, strict=True):
             found[row] = loss
         return found
-
-
-def answer_losses(
-    hub: AdapterSource,
-    rows: Sequence[tuple[str, str]],
-    adapters: Sequence[str],
-    weights: Sequence[float],
-    averaged: Averaged = "outputs",
-    *,
-    base_model: str | os.PathLike[str],
-    namespace: str = DEFAULT_NAMESPACE,
-    template: Template = "auto",
-    settings: ModelSettings | None = None,
-    max_tokens: int = 256,
-    answer_tokens: int = 64,
-    batch: int = 16,
-) -> list[float]:
-    """One call of ``AnswerLosses``."""
-    measured = AnswerLosses(
-        hub,
-        rows,
-        adapters,
-        base_model=base_model,
-        namespace=namespace,
-        template=template,
-        settings=settings,
-        max_tokens=max_tokens,
-        answer_tokens=answer_tokens,
-        batch=batch,
-    )
-    return measured.of(weights, averaged)

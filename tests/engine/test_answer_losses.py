@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora_hub_sdk.engine.answer_losses import AnswerLosses, answer_losses
+from lora_hub_sdk.engine.answer_losses import AnswerLosses
 from lora_hub_sdk.errors import ConfigurationError
 from lora_hub_sdk.hub import LoraHub
 from lora_hub_sdk.testing import tiny_adapter
@@ -58,7 +58,7 @@ def test_losses_are_the_cross_entropy_of_a_model_that_carries_the_adapters(
     for weights in ([0.25, 0.25, 0.25, 0.25], [1.3, -0.7, 0.0, 0.4], [0, 1, 0, 0], [0.0] * 4):
         expected = by_a_dense_model(pool, base, [float(weight) for weight in weights], averaged)
         assert measured.of(weights, averaged) == pytest.approx(expected, rel=1e-4)
-        assert answer_losses(pool, ROWS, list(ADAPTERS), weights, averaged, base_model=base) == pytest.approx(
+        assert AnswerLosses(pool, ROWS, list(ADAPTERS), base_model=base).of(weights, averaged) == pytest.approx(
             expected, rel=1e-4
         )
 
@@ -66,7 +66,7 @@ def test_losses_are_the_cross_entropy_of_a_model_that_carries_the_adapters(
 def test_long_prompts_and_answers_are_cut(pool: LoraHub, base: Path) -> None:
     def losses(inputs: str, targets: str) -> list[float]:
         names, limits = ["wide"], {"max_tokens": 8, "answer_tokens": 3}
-        return answer_losses(pool, [(inputs, targets)], names, [1.0], base_model=base, **limits)  # type: ignore[arg-type]
+        return AnswerLosses(pool, [(inputs, targets)], names, base_model=base, **limits).of([1.0])  # type: ignore[arg-type]
 
     assert losses("the end of a prompt", "answer") == pytest.approx(losses("a prompt", "answered"))
     assert losses("a prompt", "answer") != pytest.approx(losses("another!", "answer"))
