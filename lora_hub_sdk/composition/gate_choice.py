@@ -63,8 +63,7 @@ def missing_gate(strategy: str, base_model: str) -> ConfigurationError:
 
 def unknown_expert(name: str, gate: ExpertGate) -> ConfigurationError:
     """What is told of an adapter that a gate knows nothing of, or knows with other content."""
-    experts = ", ".join(gate.experts)
     return ConfigurationError(
-        f"adapter {name!r} is no expert of the gate in use for strategy {gate.strategy!r}: it weighs {experts}, each "
-        "of the content that it was made for; make another with hub.train_experts, or leave the adapter out"
+        f"adapter {name!r} is no expert of the gate in use for strategy {gate.strategy!r}, or has other content than "
+        "the one that it was made for; make another gate with hub.train_experts, or leave the adapter out"
     )

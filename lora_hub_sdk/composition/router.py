@@ -12,7 +12,7 @@ from lora_hub_sdk.composition.gates import Gate
 from lora_hub_sdk.composition.strategies import Strategy, check_routing, get_strategy, route_from_hits
 from lora_hub_sdk.composition.weigher import Weigher
 from lora_hub_sdk.composition.weighting import uniform
-from lora_hub_sdk.errors import ConfigurationError, NoAdaptersError
+from lora_hub_sdk.errors import AdapterNotFoundError, ConfigurationError, NoAdaptersError
 from lora_hub_sdk.registry.registry import Registry
 from lora_hub_sdk.retriever.fitting import FitRule, fitting_hits
 from lora_hub_sdk.retriever.query import check_prompts
@@ -100,14 +100,21 @@ class Router:
         for name, digest in gate.experts.items():
             if name in routing.exclude:
                 continue
-            adapter = self._registry.in_service(name, routing.namespace)
+            try:
+                adapter = self._registry.in_service(name, routing.namespace)
+            except AdapterNotFoundError:
+                # Without its name, which may be another namespace's.
+                raise ConfigurationError(
+                    f"the gate in use for strategy {strategy.name!r} has experts that namespace {routing.namespace!r} "
+                    "does not hold; make one for it with hub.train_experts(namespace=...)"
+                ) from None
             if adapter.digest != digest or adapter.base_model != base_model:
                 raise unknown_expert(name, gate)
             members.append(adapter)
         if not members:
             raise NoAdaptersError(
                 f"exclude={list(routing.exclude)!r} leaves out all experts of the gate in use for strategy "
-                f"{strategy.name!r}: {', '.join(gate.experts)}"
+                f"{strategy.name!r}"
             )
         shares = uniform(members)
         found = tuple(Member(one, share) for one, share in zip(members, shares, strict=True))
