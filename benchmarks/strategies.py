@@ -171,7 +171,7 @@ def train_opposite(folder: Path, steps: int) -> Path:
     (data / f"{CONFLICT}.train.jsonl").write_text("".join(lines), "utf-8")
     told = _told()
     recipe = Recipe(told["r"], told["lora_alpha"], tuple(told["target_modules"]), steps)
-    learner = zoo._learner(zoo.BASE, "auto")
+    learner = zoo.new_learner(zoo.BASE, "auto")
     return zoo.train_task(CONFLICT, zoo.Training(learner, recipe, data, folder / "adapter"))
 
 

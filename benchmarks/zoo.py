@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("skipped: the tasks' rows are not beside this checkout, and --data names no folder")
         return
     recipe = Recipe(options.rank, options.alpha or 2 * options.rank, _MODULES, options.steps, options.learning_rate)
-    learner = _learner(options.base, options.device)
+    learner = new_learner(options.base, options.device)
     training = Training(learner, recipe, options.data, options.output, options.held_out, options.seed)
     for task in options.task:
         train_task(task, training)
@@ -142,7 +142,7 @@ def _score(learner: Learner, rows: Sequence[MixedRow], adapter: Path | None) -> 
     return round(sum(found) / len(found), 1)
 
 
-def _learner(base: str, device: str) -> Learner:
+def new_learner(base: str, device: str) -> Learner:
     import torch
 
     from lora_hub_sdk.models import resolve_model

@@ -239,7 +239,7 @@ def _read(file: Path) -> list[Search]:
     if not file.exists():
         return []
     try:
-        told = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        told = [json.loads(line) for line in file.read_text("utf-8").split("\n") if line]
         return [Search(**{**one, "adapters": tuple(one["adapters"]), "weights": tuple(one["weights"])}) for one in told]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(

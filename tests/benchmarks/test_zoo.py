@@ -22,7 +22,7 @@ from tests.encoders import Hashing
 def training_of(base: Path, tmp_path: Path) -> training.Training:
     """Two steps on a tiny base."""
     write_rows(tmp_path / "rows", "fruit", "train", 24)
-    learner = training._learner(str(base), "cpu")
+    learner = training.new_learner(str(base), "cpu")
     recipe = Recipe(2, 4, ("q_proj", "down_proj"), 2)
     return training.Training(learner, recipe, tmp_path / "rows", tmp_path / "zoo", held_out=4)
 
