@@ -98,7 +98,11 @@ class Member:
         """Look at the end, when nobody writes any more."""
         found = self._hub.search_many(texts, k=5)
         self.diary.hits = [[(hit.adapter.name, hit.adapter.revision) for hit in row] for row in found]
-        self.diary.verified = self._hub.verify()
+        until = time.monotonic() + PATIENCE
+        # What another process was still putting when its adapter went, that process takes out when it next looks.
+        while not (verified := self._hub.verify()).agrees and time.monotonic() < until:
+            time.sleep(0.05)
+        self.diary.verified = verified
 
     # -- names of its own ----------------------------------------------------------------------------------------------
 
