@@ -2,13 +2,14 @@
 
 They run as a reader would run them, in an empty folder of their own. The only help is a loopback Hub in place of
 huggingface.co, which has the repositories that the pages name. As most of the time is that of starting programs, two
-pages run at a time.
+pages run at a time, and those beside the README have the heavy libraries imported already.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,11 +20,16 @@ import pytest
 
 from lora_hub_sdk.demo import demo_adapters
 from lora_hub_sdk.testing import LocalHub
+from tests.programs import programs, run_program
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+README = ROOT / "README.md"
+PAGES = sorted([README, *(ROOT / "docs").rglob("*.md")])
 #: Set-up and long jobs, which CI runs as a whole, or which take minutes by design; and what needs a token.
 NOT_HERE = re.compile(r"make |pip |python -m benchmarks|.*demo\.training|lora-hub demo|lora-hub push-retriever")
+#: What a line of our program holds if the shell has more to do than to split it into words.
+FOR_THE_SHELL = re.compile(r"[|<>;&$`*]")
+TIMEOUT_S = 400.0
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -31,30 +37,39 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def environment() -> Iterator[dict[str, str]]:
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     with LocalHub() as server:
         adapters = {adapter.name: adapter for adapter in demo_adapters()}
         server.publish("user/lora-x", adapters["translate-it"].folder)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        yield {**os.environ, "HF_ENDPOINT": server.url, "PATH": path}
+        cache = str(tmp_path_factory.mktemp("hf"))
+        environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_CACHE": cache, "PATH": path}
+        with programs(environment):
+            yield environment
 
 
 def run(command: list[str], environment: dict[str, str], folder: Path, page: Path) -> None:
-    settings = {**environment, "HF_HUB_CACHE": str(folder / "hf")}
-    done = subprocess.run(command, env=settings, cwd=folder, capture_output=True, text=True, check=False, timeout=400)
-    assert done.returncode == 0, f"{page.name}: {command}\n{done.stdout}\n{done.stderr}"
+    if page != README and command[0] in ("python", "lora-hub"):
+        status, output = run_program(command, folder, TIMEOUT_S)
+    else:
+        done = subprocess.run(
+            command, env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+        )
+        status, output = done.returncode, done.stdout + done.stderr
+    assert status == 0, f"{page.name}: {command}: {status}\n{output}"
 
 
 def run_python(page: Path, environment: dict[str, str], folder: Path) -> None:
     script = folder / "page.py"
     script.write_text("\n\n".join(blocks(page, "python")), "utf-8")
-    run([sys.executable, str(script)], environment, folder, page)
+    run(["python", str(script)], environment, folder, page)
 
 
 def run_shell(page: Path, environment: dict[str, str], folder: Path) -> None:
     for line in "\n".join(blocks(page, "sh")).replace("\\\n", "").splitlines():
         if line.strip() and not line.startswith("#") and not NOT_HERE.match(line):
-            run(["bash", "-c", line], environment, folder, page)
+            plain = line.startswith("lora-hub ") and not FOR_THE_SHELL.search(line)
+            run(shlex.split(line) if plain else ["bash", "-c", line], environment, folder, page)
 
 
 RUNS: dict[str, Callable[[Path, dict[str, str], Path], None]] = {"python": run_python, "sh": run_shell}
@@ -85,5 +100,5 @@ def test_page(case: tuple[Path, str], running: dict[tuple[Path, str], Future[Non
 
 
 def test_there_is_something_to_run() -> None:
-    assert blocks(ROOT / "README.md", "python")
-    assert blocks(ROOT / "README.md", "sh")
+    assert blocks(README, "python")
+    assert blocks(README, "sh")
