@@ -249,7 +249,7 @@ def _scribble(file: Path) -> None:
 
 @pytest.mark.parametrize("which", ["chroma.sqlite3", "data_level0.bin", "header.bin", "length.bin", "link_lists.bin"])
 @pytest.mark.parametrize("damage", [_overwrite, _truncate, _scribble, _remove])
-@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("running", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_damaged_files_are_told_or_survived_and_clear_mends_them(
     tmp_path: Path, which: str, damage: FunctionType, running: bool
 ) -> None:
