@@ -62,4 +62,4 @@ def _work(command: list[str], folder: Path, output: Path) -> None:
     from lora_hub_sdk.cli import main
 
     sys.argv = command
-    sys.exit(main())
+    main()
