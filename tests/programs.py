@@ -28,12 +28,16 @@ _HEAVY: Final = (
 @contextmanager
 def programs(environment: Mapping[str, str]) -> Iterator[None]:
     """What ``run_program`` forks from: one process with this environment, as huggingface_hub reads it at its import."""
+    _stop()  # other tests fork from it too, with another environment
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
         get_context("forkserver").set_forkserver_preload(list(_HEAVY))
         forkserver.ensure_running()
-    yield
+    try:
+        yield
+    finally:
+        _stop()
 
 
 def run_program(command: Sequence[str], folder: Path, timeout_s: float) -> tuple[int | None, str]:
@@ -47,6 +51,11 @@ def run_program(command: Sequence[str], folder: Path, timeout_s: float) -> tuple
         process.kill()
         process.join()
     return status, output.read_text("utf-8", "replace") if output.exists() else ""
+
+
+def _stop() -> None:
+    """As Python's own tests do it; the next that wants one starts one."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 def _work(command: list[str], folder: Path, output: Path) -> None:
